@@ -1,3 +1,10 @@
 """Parallel streams for any Hugging Face causal language model (arXiv 2505.10475)."""
 
+from parscale.config import StreamsConfig
+from parscale.errors import InputError
+from parscale.streams.families import register_family
+from parscale.streams.parallelize import parallelize
+
 __version__ = "0.1.0"
+
+__all__ = ["InputError", "StreamsConfig", "parallelize", "register_family"]

@@ -1,0 +1,1 @@
+"""What makes the streams differ, one way a file. Each gives `attach(...)`, which adds its parameters, initialised."""

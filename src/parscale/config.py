@@ -1,0 +1,152 @@
+"""What a user may choose about the streams, and every default; and how the choice is written in `config.json`.
+
+The paper's names stand in `config.json` where the released checkpoints have them (`parscale_n`, `parscale_n_tokens`,
+`parscale_attn_smooth`); what those cannot say goes into one dict, `parscale`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from parscale.errors import InputError
+
+Aggregate = Literal["learned", "mean"]
+PrefixInit = Literal["near_identity", "normal", "reparameterized"]
+Diversifier = Literal["prefix", "embedding"]
+
+AGGREGATES = ("learned", "mean")
+PREFIX_INITS = ("near_identity", "normal", "reparameterized")
+DIVERSIFIERS = ("prefix", "embedding")
+
+
+@dataclass(frozen=True)
+class StreamsConfig:
+    """How many streams, what tells them apart, and how they are merged. The defaults are the paper's method.
+
+    Args:
+        streams: P, the number of parallel streams (>= 1). The one dial.
+        prefix_tokens: n, learned key/value pairs per stream in front of every attention layer (paper, section 3.1).
+            `streams=1, prefix_tokens=48` is the honest control (a prefix, no aggregation head);
+            `streams=1, prefix_tokens=0` is the plain model.
+        smoothing: ε of the aggregation weights, w ← (1 − ε)·w + ε/P (paper, section 3.2). In [0, 1].
+        aggregate: "learned", an MLP that weighs the streams token by token, or "mean".
+        prefix_init: how the prefix starts: "normal" (spread like the layer's own keys and values), "near_identity"
+            (the model's own loss at step 0), or "reparameterized" (a Tanh MLP makes it during training).
+        diversify: what tells the streams apart: "prefix" (the paper) and "embedding" (one learned vector per stream,
+            added to the token embeddings).
+
+    Raises:
+        InputError: an unknown or impossible value, or several streams with nothing to tell them apart.
+    """
+
+    streams: int = 4
+    prefix_tokens: int = 48
+    smoothing: float = 0.1
+    aggregate: Aggregate = "learned"
+    prefix_init: PrefixInit = "normal"
+    diversify: tuple[Diversifier, ...] = ("prefix",)
+
+    def __post_init__(self) -> None:
+        _require(_is_int(self.streams) and self.streams >= 1, "streams", self.streams, "an integer >= 1")
+        _require(
+            _is_int(self.prefix_tokens) and self.prefix_tokens >= 0, "prefix_tokens", self.prefix_tokens, "an int >= 0"
+        )
+        _require(
+            isinstance(self.smoothing, int | float) and 0 <= self.smoothing <= 1,
+            "smoothing",
+            self.smoothing,
+            "a number from 0 to 1",
+        )
+        _require(self.aggregate in AGGREGATES, "aggregate", self.aggregate, f"one of {AGGREGATES}")
+        _require(self.prefix_init in PREFIX_INITS, "prefix_init", self.prefix_init, f"one of {PREFIX_INITS}")
+        chosen = (self.diversify,) if isinstance(self.diversify, str) else tuple(self.diversify)
+        object.__setattr__(self, "diversify", chosen)
+        _require(
+            set(chosen) <= set(DIVERSIFIERS) and len(set(chosen)) == len(chosen),
+            "diversify",
+            chosen,
+            f"distinct names from {DIVERSIFIERS}",
+        )
+        if self.streams > 1 and not self.has_prefix and not self.has_embedding:
+            raise InputError(
+                f"streams={self.streams} with prefix_tokens={self.prefix_tokens} and diversify={chosen}: nothing tells "
+                "the streams apart, so all would compute the same. Give prefix_tokens >= 1 with 'prefix' in diversify, "
+                "or add 'embedding'."
+            )
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether every attention layer gets prefix keys and values."""
+        return self.prefix_tokens > 0 and "prefix" in self.diversify
+
+    @property
+    def has_embedding(self) -> bool:
+        """Whether every stream gets a learned vector added to its embeddings. One stream needs none."""
+        return self.streams > 1 and "embedding" in self.diversify
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is an aggregation head with parameters."""
+        return self.streams > 1 and self.aggregate == "learned"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is the user's model, untouched: one stream and nothing added."""
+        return self.streams == 1 and not self.has_prefix
+
+    def to_json(self) -> dict[str, Any]:
+        """The entries of `config.json`: the three released names, and a dict `parscale` if they do not suffice."""
+        extra = {
+            f.name: value
+            for f in fields(self)
+            if f.name not in _RELEASED_NAMES and (value := getattr(self, f.name)) != f.default
+        }
+        if self.streams == 1 and self.has_prefix:
+            extra["control"] = True
+        entries: dict[str, Any] = {released: getattr(self, ours) for ours, released in _RELEASED_NAMES.items()}
+        return entries | ({"parscale": _jsonable(extra)} if extra else {})
+
+    @classmethod
+    def from_json(cls, entries: Mapping[str, Any]) -> "StreamsConfig":
+        """Read `config.json`'s entries back. In the released format `parscale_n: 1` means no prefix at all.
+
+        Raises:
+            InputError: an unknown key in the dict `parscale`, or a value that `StreamsConfig` refuses.
+        """
+        values = {ours: entries[released] for ours, released in _RELEASED_NAMES.items() if released in entries}
+        extra = dict(entries.get("parscale") or {})
+        extra.pop(PREFIX_SHAPES, None)
+        control = extra.pop("control", False)
+        known = {f.name for f in fields(cls)} - set(_RELEASED_NAMES)
+        if unknown := sorted(set(extra) - known):
+            raise InputError(f"unknown keys {unknown} in config.json's 'parscale'; known are {sorted(known)}")
+        if values.get("streams", 1) == 1 and not control:
+            values["prefix_tokens"] = 0
+        return cls(**values, **extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields under their own names, for logs and reports."""
+        return _jsonable(asdict(self))
+
+
+PREFIX_SHAPES = "prefix_shapes"
+"""Key inside `parscale` for models whose attention layers do not all have the shape that their config tells."""
+
+_RELEASED_NAMES = {
+    "streams": "parscale_n",
+    "prefix_tokens": "parscale_n_tokens",
+    "smoothing": "parscale_attn_smooth",
+}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _jsonable(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _require(condition: bool, name: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise InputError(f"{name}={value!r} is not accepted; give {accepted}")

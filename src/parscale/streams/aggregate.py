@@ -1,0 +1,63 @@
+"""The aggregation head: how much each stream counts, token by token (paper, section 2.2 and equation 4).
+
+Knows the released tensor names `aggregate_layer.0|2` and the input order: hidden-major, stream-minor, `b s (h p)`.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class AggregationHead(nn.Sequential):
+    """MLP over the P final hidden states of a token: Linear(P·d → d), SiLU, Linear(d → P).
+
+    The last layer starts at zero, so every stream starts with weight 1/P and gets its share of the gradient.
+    """
+
+    def __init__(self, streams: int, hidden_size: int, **factory: torch.device | torch.dtype | None) -> None:
+        super().__init__(
+            nn.Linear(streams * hidden_size, hidden_size, **factory),
+            nn.SiLU(),
+            nn.Linear(hidden_size, streams, **factory),
+        )
+        self.streams = streams
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A random first layer (std 1/√fan_in, bias 0) and a last layer of zeros: equal weights at step 0."""
+        first, _, last = self
+        first.weight.normal_(std=first.in_features**-0.5)
+        first.bias.zero_()
+        last.weight.zero_()
+        last.bias.zero_()
+
+    def forward(self, hidden: Float[Tensor, "p b t d"]) -> Float[Tensor, "b t p"]:
+        """Logits of the streams' weights. With p < P streams the absent ones read as zero in the first layer."""
+        active = hidden.shape[0]
+        first, activation, last = self
+        x = hidden.permute(1, 2, 3, 0).flatten(2)  # (B, T, d·p)
+        if active == self.streams:
+            return super().forward(x)
+        # (d, D·P) → (d, D·p): leaving columns out is the same as feeding zeros, and cheaper.
+        columns = first.weight.unflatten(1, (-1, self.streams))[..., :active].flatten(1)
+        return F.linear(activation(F.linear(x, columns, first.bias)), last.weight[:active], last.bias[:active])
+
+
+def stream_weights(
+    hidden: Float[Tensor, "p b t d"], head: AggregationHead | None, smoothing: float
+) -> Float[Tensor, "p b t"]:
+    """w = softmax(head(h)) in float32 at least, then w ← (1 − ε)·w + ε/P (equation 4). Without a head: 1/P each.
+
+    Args:
+        hidden: final hidden states of the active streams, after the final norm.
+        head: the aggregation head, or None for the mean.
+        smoothing: ε. It keeps every stream's gradient alive.
+    """
+    active = hidden.shape[0]
+    if head is None:
+        return hidden.new_full(hidden.shape[:3], 1 / active, dtype=torch.float32)
+    logits = head(hidden)
+    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).permute(2, 0, 1)
+    return weights * (1 - smoothing) + smoothing / active

@@ -1,0 +1,182 @@
+"""How a prefix enters attention: every query may attend to n learned keys and values in front of its own (section 3.1).
+
+Registers, for each attention implementation of transformers that can carry a prefix, a twin `parscale|<name>` that puts
+the module's `prefix_k`, `prefix_v` in front of the keys and values and delegates to the original. The prefix has no
+position and never enters the KV cache: real tokens keep positions 0 … T−1, and windows and crops count real tokens only.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from parscale.config import StreamsConfig
+from parscale.errors import InputError
+from parscale.streams.order import expand_bank, split
+
+TAG = "parscale|"
+SUPPORTED = ("eager", "sdpa", "flex_attention")
+_SCORE_CHANGES = ("position_bias", "softcap", "s_aux")  # what `_decode` does not compute
+
+
+class StreamState:
+    """What a model's streams share: one object, held by the backbone and by all its attention modules.
+
+    Attributes:
+        config: what the model was given.
+        active: p, how many of the P streams run now.
+        generated: layer index → this step's (keys, values) while a `PrefixGenerator` makes them; else empty.
+    """
+
+    def __init__(self, config: StreamsConfig) -> None:
+        self.config = config
+        self.active = config.streams
+        self.generated: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"generated": {}}  # tensors inside a graph can be neither copied nor pickled
+
+
+def prefix_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The active streams' prefix of one attention module, (p, H, n, Dk) and (p, H, n, Dv); None if it has none."""
+    if getattr(module, "prefix_k", None) is None:
+        return None
+    state = module.stream_state
+    keys, values = state.generated.get(module.layer_idx) or (module.prefix_k, module.prefix_v)
+    return keys[: state.active], values[: state.active]
+
+
+def attend(
+    module: nn.Module,
+    query: Float[Tensor, "pb h t d"],
+    key: Float[Tensor, "pb hk s d"],
+    value: Float[Tensor, "pb hk s e"],
+    attention_mask: Any,
+    *args: Any,
+    implementation: str,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over [prefix; keys]: equal to the inner implementation on the concatenation, under a mask that lets
+    every query see the whole prefix. Returns what the inner one returns; attention weights have n more columns.
+    """
+    inner = inner_attention(module, implementation)
+    prefix = prefix_of(module)
+    if prefix is None:
+        return inner(module, query, key, value, attention_mask, *args, **kwargs)
+    prefix_k, prefix_v = prefix[0].to(key.dtype), prefix[1].to(value.dtype)
+    if kwargs.get("cache") is not None:  # a paged cache is updated inside the inner function: [prefix; keys] would go in
+        raise InputError("continuous batching (a paged cache) cannot carry a stream prefix; call generate() instead")
+    n, length = prefix_k.shape[2], query.shape[2]
+    if implementation == "sdpa":
+        if length == 1 and not torch.is_grad_enabled() and all(kwargs.get(name) is None for name in _SCORE_CHANGES):
+            return _decode(query, key, value, prefix_k, prefix_v, attention_mask, kwargs.get("scaling")), None
+        if attention_mask is None and length > 1:
+            key, value, attention_mask = _causal(query, key, value, n)
+    rows = key.shape[0]
+    key = torch.cat([expand_bank(prefix_k, rows), key], dim=2)  # (P·B, Hk, n+S, D)
+    value = torch.cat([expand_bank(prefix_v, rows), value], dim=2)
+    if type(attention_mask) is Tensor:  # a BlockMask or causal_lower_right covers the prefix already
+        attention_mask = _mask_with_prefix(attention_mask, n)
+    return inner(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def flex_mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    config: Any = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> BlockMask:
+    """transformers' BlockMask over n + S columns: the first n (the prefix) are seen by all, the rest as without it."""
+    n = config.parscale_n_tokens
+    if attention_mask is not None:
+        padding = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[-1])))
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        column = (kv - n).clamp(min=0) + kv_offset
+        seen = mask_function(b, h, q + q_offset, column)
+        if attention_mask is not None:
+            seen = seen & padding[b, column]
+        return (kv < n) | seen
+
+    return create_block_mask(visible, batch_size, None, q_length, kv_length + n, device=device, _compile=True)
+
+
+def register() -> None:
+    """Make the tagged implementations known to transformers. The masks of eager and sdpa are the inner ones: their
+    columns for the prefix are added at the attention itself, where a caller's own 4-D mask arrives as well."""
+    for name in SUPPORTED:
+        AttentionInterface.register(TAG + name, partial(attend, implementation=name))
+        mask = flex_mask if name == "flex_attention" else ALL_MASK_ATTENTION_FUNCTIONS[name]
+        AttentionMaskInterface.register(TAG + name, mask)
+
+
+def inner_attention(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    # Each modeling file has an eager function of its own (sinks, soft caps); it is found beside the module's class.
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, n: int) -> tuple[Tensor, Tensor, Any]:
+    """The mask that transformers means by None. It must never reach sdpa as None: with kv > q, sdpa's wrapper would cut
+    the keys to `key[:, :, :T]`, and the last n real tokens would vanish silently.
+    """
+    length = query.shape[2]
+    key, value = key[:, :, :length], value[:, :, :length]  # a static cache is longer; nothing is behind T yet
+    if query.is_cuda and not torch.compiler.is_compiling():
+        return key, value, causal_lower_right(length, length + n)
+    triangle = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    return key, value, triangle[None, None]
+
+
+def _mask_with_prefix(mask: Tensor, n: int) -> Tensor:
+    """(…, T, S) → (…, T, n+S): the prefix is visible to every query. Boolean masks and additive ones."""
+    return F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
+
+
+def _decode(
+    query: Float[Tensor, "pb h 1 d"],
+    key: Float[Tensor, "pb hk s d"],
+    value: Float[Tensor, "pb hk s e"],
+    prefix_k: Float[Tensor, "p hk n d"],
+    prefix_v: Float[Tensor, "p hk n e"],
+    mask: Tensor | None,
+    scaling: float | None,
+) -> Float[Tensor, "pb 1 h e"]:
+    """softmax([q·prefix_k, q·k]) · [prefix_v; v] for one query token.
+
+    The scores are concatenated, not the keys: the KV cache is read once and never copied.
+    """
+    streams, kv_heads, n, _ = prefix_k.shape
+    grouped = query.unflatten(1, (kv_heads, -1)).squeeze(3)  # (P·B, Hk, G, D): G query heads share a K/V head
+    grouped = grouped * (grouped.shape[-1] ** -0.5 if scaling is None else scaling)
+    by_stream = split(grouped, streams)  # (P, B, Hk, G, D)
+    prefix_scores = (by_stream @ prefix_k[:, None].transpose(-1, -2)).flatten(0, 1)  # (P·B, Hk, G, n)
+    scores = grouped @ key.transpose(-1, -2)  # (P·B, Hk, G, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.cat([prefix_scores, scores], dim=-1).softmax(-1, dtype=dtype).to(value.dtype)
+    out = weights[..., n:] @ value  # (P·B, Hk, G, E)
+    out = out + (split(weights[..., :n], streams) @ prefix_v[:, None]).flatten(0, 1)
+    return out.flatten(1, 2)[:, None]  # (P·B, 1, H, E)
+
+
+register()

@@ -1,0 +1,195 @@
+"""The shared backbone: the user's own model, whose forward pass duplicates its input, runs once, and merges (section 2.2).
+
+Two mixins, put in front of a model's own classes (see families.py): one for the backbone, one for the causal LM.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+
+from parscale.config import StreamsConfig
+from parscale.errors import InputError
+from parscale.streams.aggregate import AggregationHead, stream_weights
+from parscale.streams.attention import SUPPORTED, TAG, StreamState
+from parscale.streams.diversify import embedding, prefix
+from parscale.streams.diversify.prefix import PrefixGenerator
+from parscale.streams.merge import merge
+from parscale.streams.order import duplicate, duplicate_mask, duplicate_positions, reorder, split
+
+
+def check_attention(model: PreTrainedModel, implementation: str) -> str:
+    """The tagged name of an attention implementation that carries a prefix. A tag already there is kept once.
+
+    Raises:
+        InputError: the implementation would drop the prefix silently.
+    """
+    name = implementation.removeprefix(TAG)
+    if name not in SUPPORTED:
+        raise InputError(
+            f"{type(model).__name__} with attention implementation {name!r}: it cannot carry the streams' prefix; "
+            f"use one of {SUPPORTED}"
+        )
+    return TAG + name
+
+
+class _CarriesPrefix:
+    """Keeps the prefix through `set_attn_implementation` and loading, which would drop it silently."""
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        asked = attn_implementation and attn_implementation.removeprefix(TAG)
+        allowed = super()._check_and_adjust_attn_implementation(asked, *args, **kwargs)  # type: ignore[misc]
+        return check_attention(self, allowed) if streams_of(self).has_prefix else allowed  # type: ignore[arg-type]
+
+
+class StreamsBackbone(_CarriesPrefix):
+    """Mixin of a backbone (`Qwen2Model`, …) that runs P streams. `last_hidden_state` is the merged one, (B, T, d).
+
+    `hidden_states` and `attentions`, when asked for, have the P·B rows of all streams, stream-major; attentions show
+    the prefix as their first n columns.
+    """
+
+    stream_state: StreamState
+    aggregate_layer: AggregationHead | None
+    prefix_generator: PrefixGenerator | None
+    config: Any
+
+    def forward(  # the names that every decoder backbone of transformers shares
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the P active streams over a batch (B, T). Arguments and output are the model's own."""
+        settings = self.stream_state.config
+        if settings.has_prefix and position_ids is None:
+            position_ids = _positions(attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
+        if self.prefix_generator is not None:
+            self.stream_state.generated = self.prefix_generator()
+        p = self.stream_state.active
+        if settings.has_embedding:
+            vectors = self.stream_embedding
+            embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            input_ids, inputs_embeds = None, embedding.add(duplicate(embeds, p), vectors, p)
+        elif p > 1:
+            input_ids = None if input_ids is None else duplicate(input_ids, p)
+            inputs_embeds = None if inputs_embeds is None else duplicate(inputs_embeds, p)
+        if p > 1:
+            attention_mask = duplicate_mask(attention_mask, p)
+            position_ids = None if position_ids is None else duplicate_positions(position_ids, p)
+            if (types := kwargs.get("token_type_ids")) is not None:
+                kwargs["token_type_ids"] = duplicate(types, p)
+        return_dict = kwargs.pop("return_dict", None)
+        output = super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **kwargs,
+        )
+        if p > 1:
+            hidden = split(output.last_hidden_state, p)
+            weights = stream_weights(hidden, self.aggregate_layer, settings.smoothing)
+            output.last_hidden_state = merge(hidden, weights)
+            if output.get("router_logits") is not None:
+                # The load-balancing loss reads each entry as one layer's B·T tokens: P entries a layer keep it exact.
+                output["router_logits"] = tuple(c for r in output["router_logits"] for c in r.chunk(p))
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers' hook for the parameters that a checkpoint lacks."""
+        super()._init_weights(module)  # type: ignore[misc]
+        self.init_stream_parameters(module)
+
+    def init_stream_parameters(self, module: nn.Module) -> None:
+        """Where nothing is known of the layers' keys and values: finite always, and streams that differ."""
+        std = getattr(self.config, "initializer_range", None) or 0.02
+        for name in ("prefix_k", "prefix_v", "stream_embedding"):
+            if isinstance(parameter := getattr(module, name, None), nn.Parameter):
+                init.normal_(parameter, std=std)
+        if isinstance(module, AggregationHead):
+            init.zeros_(module[2].weight)
+
+
+    @torch.no_grad()
+    def write_generated_prefixes(self) -> None:
+        """Copy what the prefix generator makes now into the banks, where inference and checkpoints find it."""
+        made = self.prefix_generator()  # type: ignore[misc]
+        for module in prefix.modules_with_prefix(self).values():  # type: ignore[arg-type]
+            keys, values = made[module.layer_idx]
+            module.prefix_k.copy_(keys)
+            module.prefix_v.copy_(values)
+
+    def fold_prefix_generator(self) -> None:
+        """Keep the generated prefixes as plain parameters and drop the generator (paper, supplement)."""
+        if self.prefix_generator is not None:
+            self.write_generated_prefixes()
+            self.stream_state.generated = {}
+            self.prefix_generator = None
+
+
+class StreamsForCausalLM(_CarriesPrefix):
+    """Mixin of a causal LM over a `StreamsBackbone`: dynamic P, and the places where `generate` counts rows."""
+
+    config: Any
+
+    @property
+    def streams(self) -> int:
+        """p, the number of streams that run now."""
+        return self.base_model.stream_state.active  # type: ignore[attr-defined]
+
+    def set_streams(self, streams: int) -> None:
+        """Run the first `streams` of the P trained streams from now on. Free: no weight is moved.
+
+        Raises:
+            InputError: not an integer from 1 to P.
+        """
+        trained = self.base_model.stream_state.config.streams  # type: ignore[attr-defined]
+        if not isinstance(streams, int) or not 1 <= streams <= trained:
+            raise InputError(f"streams={streams!r} is not accepted; this model has {trained}, give 1 to {trained}")
+        self.base_model.stream_state.active = streams  # type: ignore[attr-defined]
+
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """transformers' own, with generated prefixes folded into the banks: no checkpoint holds a generator."""
+        backbone: Any = self.base_model  # type: ignore[attr-defined]
+        if backbone.prefix_generator is not None:
+            backbone.write_generated_prefixes()
+            state_dict = {k: v for k, v in self.state_dict().items() if ".prefix_generator." not in k}  # type: ignore[attr-defined]
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
+
+    def _prepare_static_cache(self, cache_implementation: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super()
+        return parent._prepare_static_cache(cache_implementation, batch_size * self.streams, *args, **kwargs)
+
+    def _reorder_cache(self, past_key_values: Any, beam_idx: Tensor) -> Any:
+        past_key_values.reorder_cache(reorder(beam_idx, self.streams))
+        return past_key_values
+
+
+def streams_of(model: Any) -> StreamsConfig:
+    """The streams of a parallelized model, as its `config` tells. A plain model reads as one stream without a prefix."""
+    return StreamsConfig.from_json(vars(model.config))
+
+
+def _positions(attention_mask: Any, inputs: Tensor | None) -> Tensor | None:
+    """Positions of a padded batch, counted from each row's first real token: (B, T), or None to let the model count.
+
+    A plain rotary model may count padding, for only distances matter to it. The prefix has no position to move along.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or inputs is None:
+        return None
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.masked_fill(attention_mask == 0, 0)[:, -inputs.shape[1] :]

@@ -1,0 +1,130 @@
+"""The prefix bank: n learned key/value pairs per stream in front of every attention layer (paper, section 3.1).
+
+Knows where the prefix tensors live (`<attention module>.prefix_k|prefix_v`, shape (P, Hk, n, D)) and how they start.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from parscale.streams.attention import StreamState
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What one attention module attends with on a calibration batch, heads apart; keys and queries after RoPE.
+
+    queries: (Hk, N, Dk), the query tokens of all heads that share a key/value head.
+    """
+
+    key_mean: Float[Tensor, "hk dk"]
+    key_std: Float[Tensor, "hk dk"]
+    value_mean: Float[Tensor, "hk dv"]
+    value_std: Float[Tensor, "hk dv"]
+    queries: Float[Tensor, "hk tokens dk"]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(Hk, Dk, Dv): key/value heads, size of a key, size of a value."""
+        return (*self.key_mean.shape, self.value_mean.shape[1])
+
+
+def attach(
+    module: nn.Module, state: StreamState, streams: int, tokens: int, shape: tuple[int, int, int], **factory: object
+) -> None:
+    """Give an attention module its bank, uninitialised: `prefix_k` (P, Hk, n, Dk) and `prefix_v` (P, Hk, n, Dv)."""
+    heads, key_size, value_size = shape
+    module.stream_state = state
+    module.prefix_k = nn.Parameter(torch.empty(streams, heads, tokens, key_size, **factory))
+    module.prefix_v = nn.Parameter(torch.empty(streams, heads, tokens, value_size, **factory))
+
+
+def modules_with_prefix(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → attention module, for all that carry a prefix, in the model's order."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "prefix_k")}
+
+
+@torch.no_grad()
+def init_normal(module: nn.Module, statistics: LayerStatistics) -> None:
+    """Every prefix token looks like one of the layer's own: N(mean, std) of its keys and values, per head and channel.
+
+    A fixed std such as 0.02 is far below what trained keys have: the streams would start alike, and stay so.
+    """
+    for bank, mean, std in (
+        (module.prefix_k, statistics.key_mean, statistics.key_std),
+        (module.prefix_v, statistics.value_mean, statistics.value_std),
+    ):
+        bank.normal_().mul_(std[:, None].to(bank)).add_(mean[:, None].to(bank))
+
+
+@torch.no_grad()
+def init_near_identity(module: nn.Module, statistics: LayerStatistics, logit: float) -> None:
+    """Values zero; keys that every query of the calibration batch scores at about `logit` (negative), plus a little
+    noise that tells the streams apart. The attention that a prefix draws then only shrinks the rest by a hair.
+
+    The keys solve the ridge regression q·k/√D ≈ logit over the recorded queries, which are rotated by their positions.
+    """
+    queries = statistics.queries.double()
+    size = queries.shape[-1]
+    gram = queries.mT @ queries  # (Hk, D, D)
+    ridge = 1e-3 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(size).to(gram)
+    target = torch.full((*queries.shape[:2], 1), logit * size**0.5).to(queries)
+    keys = torch.linalg.solve(gram + ridge, queries.mT @ target).squeeze(-1)  # (Hk, D)
+    noise = torch.randn(module.prefix_k.shape, dtype=torch.float64).to(keys.device)
+    scale = 0.1 * statistics.key_std.double()[:, None]  # (Hk, 1, D)
+    module.prefix_k.copy_(keys[:, None] + scale * noise)
+    module.prefix_v.zero_()
+
+
+class PrefixGenerator(nn.Module):
+    """Makes all layers' prefixes during training: learned vectors → Tanh MLP → keys and values (paper, supplement).
+
+    A small shared vector behind every layer's prefix makes their gradients agree. `fold` writes the result into the
+    banks; the saved model has no generator.
+
+    Args:
+        layers: the attention modules that carry a bank.
+        streams: P.
+        tokens: n.
+        width: size of the learned vectors and of the hidden layer.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], streams: int, tokens: int, width: int) -> None:
+        super().__init__()
+        self.shapes = {m.layer_idx: (m.prefix_k.shape[1], m.prefix_k.shape[3], m.prefix_v.shape[3]) for m in layers}
+        self.vectors = nn.Parameter(torch.randn(streams, tokens, width))
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, sum(heads * (dk + dv) for heads, dk, dv in self.shapes.values()))
+
+    def forward(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Layer index → (keys (P, Hk, n, Dk), values (P, Hk, n, Dv))."""
+        flat = self.out(torch.tanh(self.hidden(self.vectors)))  # (P, n, all layers)
+        sizes = [part for heads, dk, dv in self.shapes.values() for part in (heads * dk, heads * dv)]
+        parts = iter(flat.split(sizes, dim=-1))
+        return {
+            layer: (
+                next(parts).unflatten(-1, (heads, dk)).transpose(1, 2),
+                next(parts).unflatten(-1, (heads, dv)).transpose(1, 2),
+            )
+            for layer, (heads, dk, dv) in self.shapes.items()
+        }
+
+    @torch.no_grad()
+    def match(self, statistics: Mapping[int, LayerStatistics]) -> None:
+        """Scale the output layer so that each layer's generated keys and values start spread like its own."""
+        rows = 0
+        made = self()
+        for layer, (heads, dk, dv) in self.shapes.items():
+            s = statistics[layer]
+            for bank, mean, std, size in (
+                (made[layer][0], s.key_mean, s.key_std, heads * dk),
+                (made[layer][1], s.value_mean, s.value_std, heads * dv),
+            ):
+                gain = (std / bank.std(dim=(0, 2)).clamp(min=1e-6).to(std)).flatten()  # (Hk·D,)
+                block = slice(rows, rows + size)
+                self.out.weight[block].mul_(gain[:, None].to(self.out.weight))
+                self.out.bias[block] = mean.flatten().to(self.out.bias)
+                rows += size

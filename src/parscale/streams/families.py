@@ -1,0 +1,147 @@
+"""The classes `{family}_parscale`: config, backbone and causal LM of any family, made from transformers' own on demand.
+
+Importing this file registers the families of the contract suite with transformers' Auto classes, so a saved model loads
+with `AutoModelForCausalLM.from_pretrained` and nothing but `import parscale`. A class is made once and lives in this
+module, where pickle finds it.
+"""
+
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from parscale.config import PREFIX_SHAPES, StreamsConfig
+from parscale.errors import InputError
+from parscale.streams.aggregate import AggregationHead
+from parscale.streams.attention import StreamState
+from parscale.streams.backbone import StreamsBackbone, StreamsForCausalLM
+from parscale.streams.diversify import embedding, prefix
+
+SUFFIX = "_parscale"
+
+REGISTERED = (
+    "qwen2", "qwen3", "llama", "mistral", "phi3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "mixtral", "qwen3_moe",
+    "gpt_oss", "deepseek_v3", "qwen3_next",
+)  # fmt: skip
+"""Families whose saved models load after `import parscale` alone; for another, call `register_family(model_type)`."""
+
+Shape = tuple[int, int, int]
+
+
+def register_family(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """Make and register `{model_type}_parscale`; a second call returns the same classes.
+
+    Args:
+        model_type: a decoder's `model_type` in transformers, such as "llama".
+
+    Returns:
+        The config class and the causal LM class, e.g. `LlamaParScaleConfig` and `LlamaParScaleForCausalLM`.
+
+    Raises:
+        InputError: transformers has no causal LM of that type.
+    """
+    try:
+        plain_config = CONFIG_MAPPING[model_type]
+        plain_lm = MODEL_FOR_CAUSAL_LM_MAPPING[plain_config]
+    except KeyError:
+        raise InputError(f"model_type={model_type!r}: transformers has no causal language model of that type") from None
+    stem = plain_config.__name__.removesuffix("Config") + "ParScale"
+    if f"{stem}Config" in globals():
+        return globals()[f"{stem}Config"], globals()[f"{stem}ForCausalLM"]
+    config_class = _config_class(plain_config, stem, model_type + SUFFIX)
+    lm_class = _lm_class(plain_lm, stem, config_class)
+    AutoConfig.register(config_class.model_type, config_class)
+    AutoModelForCausalLM.register(config_class, lm_class)
+    return config_class, lm_class
+
+
+def give_streams(model: Any, shapes: dict[str, Shape] | None) -> None:
+    """Turn the model's backbone into a `StreamsBackbone` and add the parameters that its `config` tells, uninitialised.
+
+    Args:
+        model: a causal LM of a generated class, whose backbone is still of the family's own class.
+        shapes: attention module name (in the backbone) → (Hk, Dk, Dv); None to follow the config.
+    """
+    config, backbone = model.config, model.base_model
+    settings = StreamsConfig.from_json(vars(config))
+    name = type(config).__name__.removesuffix("Config") + "Model"
+    if name not in globals():
+        _publish(type(name, (StreamsBackbone, type(backbone)), {"config_class": type(config), "__module__": __name__}))
+    backbone.__class__ = globals()[name]
+    for swapped in (model, backbone):  # output_hidden_states and the like are looked up by class
+        _CAN_RECORD_REGISTRY[swapped] = swapped._can_record_outputs
+    backbone.stream_state = StreamState(settings)
+    backbone.prefix_generator = None
+    reference = next(backbone.parameters())
+    factory = {"device": reference.device, "dtype": model.dtype}
+    if settings.has_prefix:
+        for module_name, shape in (shapes or shapes_from_config(model)).items():
+            module = backbone.get_submodule(module_name)
+            factory["device"] = next(module.parameters()).device
+            prefix.attach(module, backbone.stream_state, settings.streams, settings.prefix_tokens, shape, **factory)
+    factory["device"] = reference.device
+    hidden_size = model.get_input_embeddings().embedding_dim
+    if settings.has_embedding:
+        embedding.attach(backbone, settings.streams, hidden_size, **factory)
+    backbone.aggregate_layer = AggregationHead(settings.streams, hidden_size, **factory) if settings.has_head else None
+
+
+def shapes_from_config(model: Any) -> dict[str, Shape]:
+    """Attention module name → (Hk, Dk, Dv): what config.json lists, or else the same for every attention layer."""
+    config = model.config
+    listed = (getattr(config, "parscale", None) or {}).get(PREFIX_SHAPES)
+    if listed is not None:
+        return {name: tuple(shape) for name, shape in listed.items()}
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        name: (heads, size, size)
+        for name, module in model.base_model.named_modules()
+        if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
+    }
+
+
+def _config_class(plain: type[PreTrainedConfig], stem: str, model_type: str) -> type[PreTrainedConfig]:
+    annotations = {
+        "parscale_n": int,
+        "parscale_n_tokens": int,
+        "parscale_attn_smooth": float,
+        "parscale": dict | None,
+    }
+    # The released checkpoints' own defaults, which their files may leave out.
+    defaults = {"parscale_n": 1, "parscale_n_tokens": 48, "parscale_attn_smooth": 0.01, "parscale": None}
+    body = {"model_type": model_type, "__annotations__": annotations, "__module__": __name__, **defaults}
+    return _publish(type(f"{stem}Config", (plain,), body))
+
+
+def _lm_class(plain: type[PreTrainedModel], stem: str, config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        plain.__init__(self, config, *args, **kwargs)
+        give_streams(self, shapes=None)
+        for module in self.base_model.modules():
+            self.base_model.init_stream_parameters(module)
+
+    body = {
+        "config_class": config_class,
+        "__annotations__": {"config": config_class},
+        "__init__": __init__,
+        "__module__": __name__,
+    }
+    return _publish(type(f"{stem}ForCausalLM", (StreamsForCausalLM, plain), body))
+
+
+def _publish(made: type) -> Any:
+    globals()[made.__name__] = made
+    return made
+
+
+for _family in REGISTERED:
+    register_family(_family)

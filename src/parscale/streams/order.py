@@ -1,0 +1,78 @@
+"""The input duplicator: one batch becomes P, in stream-major row order. No other file knows that order.
+
+A tensor with P·B rows holds stream 0's batch first, then stream 1's, and so on: row = p·B + b (paper, section 2.2).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+
+def duplicate(x: Tensor, streams: int, batch_dim: int = 0) -> Tensor:
+    """Repeat a batch for every stream: (…, B, …) → (…, P·B, …) along `batch_dim`."""
+    repeats = [1] * x.ndim
+    repeats[batch_dim] = streams
+    return x.repeat(repeats)
+
+
+def expand_bank(bank: Float[Tensor, "p h n d"], rows: int) -> Float[Tensor, "pb h n d"]:
+    """Give every row its stream's entry of a per-stream bank: (P, H, n, D) → (P·B, H, n, D), where P·B = `rows`."""
+    streams = bank.shape[0]
+    return bank[:, None].expand(streams, rows // streams, *bank.shape[1:]).flatten(0, 1)
+
+
+def split(x: Float[Tensor, "pb ..."], streams: int) -> Float[Tensor, "p b ..."]:
+    """Undo `duplicate`'s order: (P·B, …) → (P, B, …)."""
+    return x.unflatten(0, (streams, -1))
+
+
+def reorder(index: Int[Tensor, " b"], streams: int) -> Int[Tensor, " pb"]:
+    """Row indices for a cache of P·B rows, from indices into the batch (beam search): (B,) → (P·B,)."""
+    batch = index.numel()
+    offsets = torch.arange(streams, device=index.device) * batch
+    return (offsets[:, None] + index[None, :]).flatten()
+
+
+def duplicate_positions(position_ids: Tensor, streams: int) -> Tensor:
+    """(1, T) stays, for it is the same for every row; (B, T) → (P·B, T); multimodal (3, B, T) → (3, P·B, T)."""
+    if position_ids.shape[0] == 1 and position_ids.ndim == 2:
+        return position_ids
+    # Told apart by the number of dimensions, never by shape[0] == B: a batch of three looks like (3, B, T).
+    return duplicate(position_ids, streams, batch_dim=position_ids.ndim - 2)
+
+
+def duplicate_mask(mask: Any, streams: int) -> Any:
+    """A 2-D padding mask (B, S), a 4-D mask (B or 1, …), a flex BlockMask, or a dict of them by layer type."""
+    if isinstance(mask, Mapping):
+        return {name: duplicate_mask(one, streams) for name, one in mask.items()}
+    if isinstance(mask, BlockMask):
+        return _duplicate_block_mask(mask, streams)
+    if not isinstance(mask, Tensor) or (mask.ndim == 4 and mask.shape[0] == 1):
+        return mask
+    return duplicate(mask, streams)
+
+
+def _duplicate_block_mask(mask: BlockMask, streams: int) -> BlockMask:
+    batch = mask.kv_num_blocks.shape[0]
+    if batch == 1:
+        return mask
+
+    def of_the_batch(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return mask.mask_mod(b % batch, h, q, kv)
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else duplicate(x, streams)
+
+    return BlockMask.from_kv_blocks(
+        duplicate(mask.kv_num_blocks, streams),
+        duplicate(mask.kv_indices, streams),
+        rows(mask.full_kv_num_blocks),
+        rows(mask.full_kv_indices),
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=of_the_batch,
+        seq_lengths=mask.seq_lengths,
+    )

@@ -1,0 +1,218 @@
+"""Gives a Hugging Face causal LM its streams, in place, as `fully_shard` does for sharding.
+
+Knows which models can have streams, by running one batch and looking which attention modules reach transformers'
+attention interface; refuses the others before anything is changed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from parscale.config import PREFIX_SHAPES, StreamsConfig
+from parscale.errors import InputError
+from parscale.streams.attention import SUPPORTED, inner_attention
+from parscale.streams.backbone import StreamsForCausalLM, check_attention
+from parscale.streams.diversify import embedding, prefix
+from parscale.streams.diversify.prefix import LayerStatistics
+from parscale.streams.families import give_streams, register_family, shapes_from_config
+
+RECORD = "parscale-record|"
+NEAR_IDENTITY_NATS = 1e-3
+"""What a near-identity start may cost: mean KL divergence from the plain model's predictions, in nats per token."""
+NEAR_IDENTITY_LOGITS = (-2.0, -4.0, -6.0, -8.0, -12.0, -16.0, -24.0, -32.0)
+
+
+def parallelize(
+    model: PreTrainedModel, config: StreamsConfig | None = None, *, calibration: Tensor | None = None
+) -> PreTrainedModel:
+    """Give a causal LM P parallel streams, in place (paper, section 2.2).
+
+    Touches: the classes of the model, its backbone and its config (each becomes a subclass of itself); the attention
+    implementation (its tagged twin); `config.model_type` and the `parscale…` entries. Adds: `prefix_k`, `prefix_v` to
+    every attention module, `aggregate_layer` and, if asked for, `stream_embedding` to the backbone. No existing
+    parameter is changed or renamed. Random draws come from torch's global generator.
+
+    Args:
+        model: any decoder from transformers whose attention goes through its `AttentionInterface`.
+        config: the streams; the paper's method by default.
+        calibration: token ids (B, T) that the prefix's start is fitted to; real text is best. By default 256 random
+            tokens.
+
+    Returns:
+        The same object.
+
+    Raises:
+        InputError: the model cannot have streams: encoder-decoders, models without the attention interface (bloom,
+            gptj, falcon, opt), models already parallelized, wrapped models, and attention implementations that cannot
+            carry a prefix. The model is then as it was.
+    """
+    config = config or StreamsConfig()
+    implementation = _check_model(model)
+    ids = _calibration_ids(model) if calibration is None else calibration.to(model.device)
+    statistics, plain = record_attention(model, implementation, ids)
+    if config.has_prefix and not statistics:
+        raise InputError(
+            f"{type(model).__name__}: its attention layers do not go through transformers' AttentionInterface, so they "
+            "cannot carry a prefix; use a family that does (llama, qwen2, qwen3, mistral, phi3, gemma, gpt2, ...)"
+        )
+    config_class, model_class = register_family(model.config.model_type)
+    _rewrite_config(model, config, config_class, statistics)
+    model.__class__ = model_class
+    give_streams(model, {name: layer.shape for name, layer in statistics.items()})
+    if config.has_prefix:
+        model.config._attn_implementation = check_attention(model, implementation)
+    _initialise(model, config, statistics, ids, plain)
+    return model
+
+
+def record_attention(
+    model: PreTrainedModel, implementation: str, ids: Int[Tensor, "b t"]
+) -> tuple[dict[str, LayerStatistics], Float[Tensor, "b t v"]]:
+    """Run one batch through the plain model and describe the keys and values that each attention module attends with.
+
+    Returns:
+        Attention module name, within the backbone → statistics (empty if no module reaches the attention interface);
+        and the model's logits.
+    """
+    seen: dict[nn.Module, LayerStatistics] = {}
+    with _recording(model, implementation, seen), _evaluating(model):
+        logits = model(input_ids=ids, use_cache=False).logits
+    return {name: seen[module] for name, module in model.base_model.named_modules() if module in seen}, logits
+
+
+def _check_model(model: Any) -> str:
+    """The attention implementation that streams will build on; or the reason why this model cannot have any."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(
+            f"{name} is not a transformers model; give what AutoModelForCausalLM.from_pretrained returns, before "
+            "wrapping it (peft, DDP, compile)"
+        )
+    if isinstance(model, StreamsForCausalLM):
+        raise InputError(f"{name} has streams already; use set_streams(p) to run fewer, or load the plain model anew")
+    if model.config.is_encoder_decoder:
+        raise InputError(f"{name} is an encoder-decoder; streams need a decoder-only causal language model")
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None) is not type(model):
+        raise InputError(f"{name} is not a causal language model of transformers; load it with AutoModelForCausalLM")
+    if any(p.is_meta for p in model.parameters()):
+        raise InputError(f"{name} has parameters on the meta device; load its weights before giving it streams")
+    implementation = model.config._attn_implementation
+    check_attention(model, implementation)
+    return implementation
+
+
+def _rewrite_config(
+    model: PreTrainedModel, config: StreamsConfig, config_class: type, statistics: dict[str, LayerStatistics]
+) -> None:
+    model.config.__class__ = config_class
+    for key, value in ({"parscale": None} | config.to_json()).items():
+        setattr(model.config, key, value)
+    shapes = {name: layer.shape for name, layer in statistics.items()}
+    if config.has_prefix and shapes != shapes_from_config(model):
+        listed = {name: list(shape) for name, shape in shapes.items()}
+        model.config.parscale = (model.config.parscale or {}) | {PREFIX_SHAPES: listed}
+
+
+def _initialise(
+    model: Any,
+    config: StreamsConfig,
+    statistics: dict[str, LayerStatistics],
+    ids: Tensor,
+    plain: Tensor,
+) -> None:
+    backbone = model.base_model
+    if config.has_embedding:
+        embedding.init(backbone, scale=0.01 if config.prefix_init == "near_identity" else 1.0)
+    layers = prefix.modules_with_prefix(backbone)
+    if config.prefix_init == "near_identity" and layers:
+        _start_near_identity(model, layers, statistics, ids, plain)
+        return
+    for name, module in layers.items():
+        prefix.init_normal(module, statistics[name])
+    if config.prefix_init == "reparameterized" and layers:
+        width = model.get_input_embeddings().embedding_dim
+        generator = prefix.PrefixGenerator(layers.values(), config.streams, config.prefix_tokens, width)
+        generator.match({layers[name].layer_idx: layer for name, layer in statistics.items()})
+        backbone.prefix_generator = generator.to(device=model.device, dtype=model.dtype)
+        backbone.write_generated_prefixes()
+
+
+@torch.no_grad()
+def _start_near_identity(
+    model: Any,
+    layers: dict[str, nn.Module],
+    statistics: dict[str, LayerStatistics],
+    ids: Tensor,
+    plain: Float[Tensor, "b t v"],
+) -> None:
+    """The least negative attention logit whose prefixes stay within `NEAR_IDENTITY_NATS` of the plain model's
+    predictions: a prefix that drew no attention at all would get no gradient either."""
+    expected = plain.float().log_softmax(-1)
+    for logit in NEAR_IDENTITY_LOGITS:
+        for name, module in layers.items():
+            prefix.init_near_identity(module, statistics[name], logit)
+        with _evaluating(model):
+            predicted = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        if (expected.exp() * (expected - predicted)).sum(-1).mean() <= NEAR_IDENTITY_NATS:
+            return
+
+
+def _calibration_ids(model: PreTrainedModel) -> Tensor:
+    length = min(64, getattr(model.config, "max_position_embeddings", None) or 64)
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.vocab_size, (4, length), generator=draw).to(model.device)
+
+
+@contextmanager
+def _recording(model: PreTrainedModel, implementation: str, seen: dict[nn.Module, LayerStatistics]) -> Iterator[None]:
+    """While it lasts, attention runs as always and leaves its statistics in `seen`."""
+    name = RECORD + implementation
+    ALL_ATTENTION_FUNCTIONS[name] = partial(_record, implementation=implementation, seen=seen)
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = implementation
+        del ALL_ATTENTION_FUNCTIONS[name]
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _record(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
+    implementation: str,
+    seen: dict[nn.Module, LayerStatistics],
+    **kwargs: Any,
+) -> Any:
+    key_heads = key.transpose(0, 1).flatten(1, 2).float()  # (Hk, B·T, Dk)
+    value_heads = value.transpose(0, 1).flatten(1, 2).float()
+    queries = query.unflatten(1, (key.shape[1], -1)).permute(1, 0, 2, 3, 4).flatten(1, 3).float()  # (Hk, B·G·T, Dk)
+    seen[module] = LayerStatistics(
+        key_heads.mean(1), key_heads.std(1), value_heads.mean(1), value_heads.std(1), queries
+    )
+    return inner_attention(module, implementation)(module, query, key, value, *args, **kwargs)
+
+
+for _name in SUPPORTED:
+    AttentionMaskInterface.register(RECORD + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
