@@ -89,8 +89,9 @@ def load_text(
         _store(entry, tokens)
 
     fingerprint = hashlib.sha256(f"{key} {block_size}".encode()).hexdigest()
-    train_blocks = _blocks(tokens["train"], block_size, "training", fingerprint)
-    validation_blocks = _blocks(tokens["validation"], block_size, "validation", fingerprint)
+    held_out_name = f"{validation_fraction:g} of {_name(source)}" if validation is None else _name(validation)
+    train_blocks = _blocks(tokens["train"], block_size, f"training text ({_name(source)})", fingerprint)
+    validation_blocks = _blocks(tokens["validation"], block_size, f"validation text ({held_out_name})", fingerprint)
     return PackedText(
         train=train_blocks,
         validation=validation_blocks,
@@ -252,6 +253,10 @@ def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[str], list[bo
         yield texts, ends
 
 
+def _name(source: Source) -> str:
+    return str(source) if isinstance(source, str | Path) else ", ".join(map(str, source))
+
+
 def _blocks(tokens: np.ndarray, block_size: int, name: str, fingerprint: str) -> "Dataset":
     """(tokens,) → a data set of tokens // block_size rows. Both columns share one buffer."""
     import pyarrow
@@ -261,12 +266,12 @@ def _blocks(tokens: np.ndarray, block_size: int, name: str, fingerprint: str) ->
     count = len(tokens) // block_size
     if count == 0:
         raise InputError(
-            f"the {name} text has {len(tokens)} tokens, fewer than one block of {block_size}: "
+            f"the {name} has {len(tokens)} tokens, fewer than one block of {block_size}: "
             "give more text or a smaller block_size"
         )
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(tokens[: count * block_size]), block_size)
     table = InMemoryTable(pyarrow.table({"input_ids": column, "labels": column}))
-    return Dataset(table, fingerprint=f"{name}-{fingerprint}").with_format("torch")
+    return Dataset(table, fingerprint=hashlib.sha256(f"{fingerprint} {name}".encode()).hexdigest()).with_format("torch")
 
 
 def _key(train: Sequence[Document], validation: Sequence[Document], tokenizer: str, limit: int | None) -> str:
