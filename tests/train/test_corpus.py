@@ -18,7 +18,7 @@ def texts(source, **options) -> set[str]:
 
 
 def json_lines(*rows) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def refused(source, **options) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_collator
 
@@ -154,6 +155,15 @@ def test_a_given_tokenizer_is_used_by_folder_or_as_an_object(load, tmp_path, tok
     assert load().fingerprint != by_object.fingerprint
     other(["a", "longer text"], padding=True, truncation=True, max_length=3)  # leaves both on in the backend
     assert same_text(by_object, load(tokenizer=other))
+
+
+def test_a_given_tokenizer_that_begins_every_text_does_not_in_the_blocks(load):
+    plain, template = (train_tokenizer(["some text"], 300) for _ in range(2))
+    template.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, template.eos_token_id)]
+    )
+    assert template("a")["input_ids"] == [template.eos_token_id, *plain("a")["input_ids"]]
+    assert tokens_of(load(tokenizer=template).train) == tokens_of(load(tokenizer=plain).train)
 
 
 def test_a_tokenizer_that_cannot_serve_is_refused(load, tmp_path):
