@@ -21,7 +21,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.config import StreamsConfig
-from parscale.errors import InputError
 from parscale.streams.order import expand_bank, split
 
 TAG = "parscale|"
@@ -36,24 +35,28 @@ class StreamState:
         config: what the model was given.
         active: p, how many of the P streams run now.
         generated: layer index → this step's (keys, values) while a `PrefixGenerator` makes them; else empty.
+        merging: False lets the backbone return the P·B rows of its streams as they are, for a look at each stream.
     """
 
     def __init__(self, config: StreamsConfig) -> None:
         self.config = config
         self.active = config.streams
         self.generated: dict[int, tuple[Tensor, Tensor]] = {}
+        self.merging = True
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"generated": {}}  # tensors inside a graph can be neither copied nor pickled
 
 
-def prefix_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """The active streams' prefix of one attention module, (p, H, n, Dk) and (p, H, n, Dv); None if it has none."""
+def prefix_of(module: nn.Module, streams: int | None = None) -> tuple[Tensor, Tensor] | None:
+    """The prefix of one attention module, (p, H, n, Dk) and (p, H, n, Dv), of the first `streams` or else the active
+    streams; None if it has none."""
     if getattr(module, "prefix_k", None) is None:
         return None
     state = module.stream_state
+    active = state.active if streams is None else streams
     keys, values = state.generated.get(module.layer_idx) or (module.prefix_k, module.prefix_v)
-    return keys[: state.active], values[: state.active]
+    return keys[:active], values[:active]
 
 
 def attend(
@@ -70,12 +73,13 @@ def attend(
     every query see the whole prefix. Returns what the inner one returns; attention weights have n more columns.
     """
     inner = inner_attention(module, implementation)
-    prefix = prefix_of(module)
+    paged = kwargs.pop("cache", None)
+    if paged is not None:  # updated here: the inner function would write the prefix into it with the rest
+        key, value = paged.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    prefix = prefix_of(module, None if paged is None else paged.streams)
     if prefix is None:
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
     prefix_k, prefix_v = prefix[0].to(key.dtype), prefix[1].to(value.dtype)
-    if kwargs.get("cache") is not None:  # a paged cache is updated inside the inner function: [prefix; keys] would go in
-        raise InputError("continuous batching (a paged cache) cannot carry a stream prefix; call generate() instead")
     n, length = prefix_k.shape[2], query.shape[2]
     if implementation == "sdpa":
         if length == 1 and not torch.is_grad_enabled() and all(kwargs.get(name) is None for name in _SCORE_CHANGES):
@@ -115,7 +119,8 @@ def flex_mask(
             seen = seen & padding[b, column]
         return (kv < n) | seen
 
-    return create_block_mask(visible, batch_size, None, q_length, kv_length + n, device=device, _compile=True)
+    build = torch.compile(create_block_mask)  # uncompiled, it would hold the whole mask in memory
+    return build(visible, batch_size, None, q_length, kv_length + n, device=device)
 
 
 def register() -> None:

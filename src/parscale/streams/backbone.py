@@ -3,9 +3,11 @@
 Two mixins, put in front of a model's own classes (see families.py): one for the backbone, one for the causal LM.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
@@ -16,8 +18,10 @@ from parscale.streams.aggregate import AggregationHead, stream_weights
 from parscale.streams.attention import SUPPORTED, TAG, StreamState
 from parscale.streams.diversify import embedding, prefix
 from parscale.streams.diversify.prefix import PrefixGenerator
+from parscale.streams.generation import StreamsGeneration
 from parscale.streams.merge import merge
-from parscale.streams.order import duplicate, duplicate_mask, duplicate_positions, reorder, split
+from parscale.streams.order import duplicate, duplicate_mask, duplicate_positions, split
+from parscale.streams.tensors import belongs_to_streams, check_readable, refuse
 
 
 def check_attention(model: PreTrainedModel, implementation: str) -> str:
@@ -72,7 +76,8 @@ class StreamsBackbone(_CarriesPrefix):
             position_ids = _positions(attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
         if self.prefix_generator is not None:
             self.stream_state.generated = self.prefix_generator()
-        p = self.stream_state.active
+        paged = kwargs.get("cache")
+        p = self.stream_state.active if paged is None else paged.streams
         if settings.has_embedding:
             vectors = self.stream_embedding
             embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
@@ -95,7 +100,7 @@ class StreamsBackbone(_CarriesPrefix):
             return_dict=True,
             **kwargs,
         )
-        if p > 1:
+        if p > 1 and self.stream_state.merging:
             hidden = split(output.last_hidden_state, p)
             weights = stream_weights(hidden, self.aggregate_layer, settings.smoothing)
             output.last_hidden_state = merge(hidden, weights)
@@ -121,7 +126,6 @@ class StreamsBackbone(_CarriesPrefix):
         if isinstance(module, AggregationHead):
             init.zeros_(module[2].weight)
 
-
     @torch.no_grad()
     def write_generated_prefixes(self) -> None:
         """Copy what the prefix generator makes now into the banks, where inference and checkpoints find it."""
@@ -139,26 +143,39 @@ class StreamsBackbone(_CarriesPrefix):
             self.prefix_generator = None
 
 
-class StreamsForCausalLM(_CarriesPrefix):
-    """Mixin of a causal LM over a `StreamsBackbone`: dynamic P, and the places where `generate` counts rows."""
+class StreamsForCausalLM(StreamsGeneration, _CarriesPrefix):
+    """Mixin of a causal LM over a `StreamsBackbone`."""
 
-    config: Any
-
-    @property
-    def streams(self) -> int:
-        """p, the number of streams that run now."""
-        return self.base_model.stream_state.active  # type: ignore[attr-defined]
-
-    def set_streams(self, streams: int) -> None:
-        """Run the first `streams` of the P trained streams from now on. Free: no weight is moved.
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' own, which would only warn of streams that start at random.
 
         Raises:
-            InputError: not an integer from 1 to P.
+            InputError: stream tensors that are missing, unexpected or of another shape; a corrupt safetensors file.
         """
-        trained = self.base_model.stream_state.config.streams  # type: ignore[attr-defined]
-        if not isinstance(streams, int) or not 1 <= streams <= trained:
-            raise InputError(f"streams={streams!r} is not accepted; this model has {trained}, give 1 to {trained}")
-        self.base_model.stream_state.active = streams  # type: ignore[attr-defined]
+        source = pretrained_model_name_or_path
+        if source is not None:
+            check_readable(sorted(Path(source).glob("*.safetensors")))
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise InputError(f"{source}: a safetensors file is corrupt or cut short, fetch it again ({error})") from None
+        refuse(
+            source,
+            missing=filter(belongs_to_streams, info["missing_keys"]),
+            extra=filter(belongs_to_streams, info["unexpected_keys"]),
+            misshaped=[m for m in info["mismatched_keys"] if belongs_to_streams(m[0]) or not ignore_mismatched_sizes],
+        )
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(
         self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
@@ -169,14 +186,6 @@ class StreamsForCausalLM(_CarriesPrefix):
             backbone.write_generated_prefixes()
             state_dict = {k: v for k, v in self.state_dict().items() if ".prefix_generator." not in k}  # type: ignore[attr-defined]
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
-
-    def _prepare_static_cache(self, cache_implementation: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
-        parent: Any = super()
-        return parent._prepare_static_cache(cache_implementation, batch_size * self.streams, *args, **kwargs)
-
-    def _reorder_cache(self, past_key_values: Any, beam_idx: Tensor) -> Any:
-        past_key_values.reorder_cache(reorder(beam_idx, self.streams))
-        return past_key_values
 
 
 def streams_of(model: Any) -> StreamsConfig:

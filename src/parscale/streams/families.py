@@ -10,7 +10,6 @@ from typing import Any
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -18,7 +17,7 @@ from transformers import (
 )
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from parscale.config import PREFIX_SHAPES, StreamsConfig
+from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.streams.aggregate import AggregationHead
 from parscale.streams.attention import StreamState
@@ -32,9 +31,6 @@ REGISTERED = (
     "gpt_oss", "deepseek_v3", "qwen3_next",
 )  # fmt: skip
 """Families whose saved models load after `import parscale` alone; for another, call `register_family(model_type)`."""
-
-Shape = tuple[int, int, int]
-
 
 def register_family(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Make and register `{model_type}_parscale`; a second call returns the same classes.
@@ -63,7 +59,7 @@ def register_family(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTr
     return config_class, lm_class
 
 
-def give_streams(model: Any, shapes: dict[str, Shape] | None) -> None:
+def give_streams(model: Any, shapes: dict[str, prefix.Shape] | None) -> None:
     """Turn the model's backbone into a `StreamsBackbone` and add the parameters that its `config` tells, uninitialised.
 
     Args:
@@ -80,10 +76,12 @@ def give_streams(model: Any, shapes: dict[str, Shape] | None) -> None:
         _CAN_RECORD_REGISTRY[swapped] = swapped._can_record_outputs
     backbone.stream_state = StreamState(settings)
     backbone.prefix_generator = None
+    if not hasattr(backbone, "stream_adapters"):
+        backbone.stream_adapters = {}
     reference = next(backbone.parameters())
     factory = {"device": reference.device, "dtype": model.dtype}
     if settings.has_prefix:
-        for module_name, shape in (shapes or shapes_from_config(model)).items():
+        for module_name, shape in (shapes or prefix.shapes_from_config(model)).items():
             module = backbone.get_submodule(module_name)
             factory["device"] = next(module.parameters()).device
             prefix.attach(module, backbone.stream_state, settings.streams, settings.prefix_tokens, shape, **factory)
@@ -92,21 +90,6 @@ def give_streams(model: Any, shapes: dict[str, Shape] | None) -> None:
     if settings.has_embedding:
         embedding.attach(backbone, settings.streams, hidden_size, **factory)
     backbone.aggregate_layer = AggregationHead(settings.streams, hidden_size, **factory) if settings.has_head else None
-
-
-def shapes_from_config(model: Any) -> dict[str, Shape]:
-    """Attention module name → (Hk, Dk, Dv): what config.json lists, or else the same for every attention layer."""
-    config = model.config
-    listed = (getattr(config, "parscale", None) or {}).get(PREFIX_SHAPES)
-    if listed is not None:
-        return {name: tuple(shape) for name, shape in listed.items()}
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
-        name: (heads, size, size)
-        for name, module in model.base_model.named_modules()
-        if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
-    }
 
 
 def _config_class(plain: type[PreTrainedConfig], stem: str, model_type: str) -> type[PreTrainedConfig]:

@@ -37,6 +37,16 @@ def reorder(index: Int[Tensor, " b"], streams: int) -> Int[Tensor, " pb"]:
     return (offsets[:, None] + index[None, :]).flatten()
 
 
+def fold_into_heads(x: Float[Tensor, "pb h t d"], streams: int) -> Float[Tensor, "b ph t d"]:
+    """One row per batch entry with the heads of all its streams, stream 0's first: (P·B, H, T, D) → (B, P·H, T, D)."""
+    return split(x, streams).transpose(0, 1).flatten(1, 2)
+
+
+def unfold_from_heads(x: Float[Tensor, "b ph t d"], streams: int) -> Float[Tensor, "pb h t d"]:
+    """Undo `fold_into_heads`: (B, P·H, T, D) → (P·B, H, T, D)."""
+    return x.unflatten(1, (streams, -1)).transpose(0, 1).flatten(0, 1)
+
+
 def duplicate_positions(position_ids: Tensor, streams: int) -> Tensor:
     """(1, T) stays, for it is the same for every row; (B, T) → (P·B, T); multimodal (3, B, T) → (3, P·B, T)."""
     if position_ids.shape[0] == 1 and position_ids.ndim == 2:

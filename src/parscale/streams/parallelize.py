@@ -22,7 +22,7 @@ from parscale.streams.attention import SUPPORTED, inner_attention
 from parscale.streams.backbone import StreamsForCausalLM, check_attention
 from parscale.streams.diversify import embedding, prefix
 from parscale.streams.diversify.prefix import LayerStatistics
-from parscale.streams.families import give_streams, register_family, shapes_from_config
+from parscale.streams.families import give_streams, register_family
 
 RECORD = "parscale-record|"
 NEAR_IDENTITY_NATS = 1e-3
@@ -55,7 +55,7 @@ def parallelize(
             carry a prefix. The model is then as it was.
     """
     config = config or StreamsConfig()
-    implementation = _check_model(model)
+    implementation = check_model(model)
     ids = _calibration_ids(model) if calibration is None else calibration.to(model.device)
     statistics, plain = record_attention(model, implementation, ids)
     if config.has_prefix and not statistics:
@@ -88,7 +88,7 @@ def record_attention(
     return {name: seen[module] for name, module in model.base_model.named_modules() if module in seen}, logits
 
 
-def _check_model(model: Any) -> str:
+def check_model(model: Any) -> str:
     """The attention implementation that streams will build on; or the reason why this model cannot have any."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -116,7 +116,7 @@ def _rewrite_config(
     for key, value in ({"parscale": None} | config.to_json()).items():
         setattr(model.config, key, value)
     shapes = {name: layer.shape for name, layer in statistics.items()}
-    if config.has_prefix and shapes != shapes_from_config(model):
+    if config.has_prefix and shapes != prefix.shapes_from_config(model):
         listed = {name: list(shape) for name, shape in shapes.items()}
         model.config.parscale = (model.config.parscale or {}) | {PREFIX_SHAPES: listed}
 

@@ -22,9 +22,7 @@ def init(backbone: nn.Module, scale: float) -> None:
     backbone.stream_embedding.normal_().mul_(std.to(backbone.stream_embedding))
 
 
-def add(
-    embeddings: Float[Tensor, "pb t d"], vectors: Float[Tensor, "p d"], active: int
-) -> Float[Tensor, "pb t d"]:
+def add(embeddings: Float[Tensor, "pb t d"], vectors: Float[Tensor, "p d"], active: int) -> Float[Tensor, "pb t d"]:
     """Add each active stream's vector to the embeddings of its rows."""
     chosen = vectors[:active, None, None].to(embeddings.dtype)  # (p, 1, 1, d)
     return (split(embeddings, active) + chosen).flatten(0, 1)

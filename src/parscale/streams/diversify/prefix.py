@@ -5,12 +5,17 @@ Knows where the prefix tensors live (`<attention module>.prefix_k|prefix_v`, sha
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from parscale.config import PREFIX_SHAPES
 from parscale.streams.attention import StreamState
+
+Shape = tuple[int, int, int]
+"""Hk, Dk, Dv: key/value heads, size of a key, size of a value."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,21 @@ class LayerStatistics:
     def shape(self) -> tuple[int, int, int]:
         """(Hk, Dk, Dv): key/value heads, size of a key, size of a value."""
         return (*self.key_mean.shape, self.value_mean.shape[1])
+
+
+def shapes_from_config(model: Any) -> dict[str, Shape]:
+    """Attention module name → (Hk, Dk, Dv): what config.json lists, or else the same for every attention layer."""
+    config = model.config
+    listed = (getattr(config, "parscale", None) or {}).get(PREFIX_SHAPES)
+    if listed is not None:
+        return {name: tuple(shape) for name, shape in listed.items()}
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        name: (heads, size, size)
+        for name, module in model.base_model.named_modules()
+        if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
+    }
 
 
 def attach(

@@ -1,0 +1,168 @@
+"""Do the streams differ, and are they all used? Correlation, weights, losses, and the two verdicts on known failures.
+
+*Stream collapse*: P streams are no better than one. *Weight monoculture*: one stream gets nearly all the weight.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from parscale.errors import InputError
+from parscale.streams.aggregate import stream_weights
+from parscale.streams.backbone import StreamsForCausalLM
+from parscale.streams.order import split
+
+COLLAPSE_COSINE = 0.995
+"""Mean cosine of the streams' final hidden states above which they count as one."""
+MONOCULTURE_WEIGHT = 0.9
+"""Mean weight of one stream above which the others count as unused."""
+
+
+@dataclass(frozen=True)
+class StreamProbe:
+    """What the streams of one model do on one batch. Losses are nats per token; `None` where one stream runs.
+
+    Attributes:
+        loss: of the merged prediction.
+        stream_losses: of each stream predicting alone, (P,).
+        weights: mean aggregation weight of each stream, (P,).
+        effective_streams: exp of the mean entropy of the weights, 1 to P.
+        cosine: mean cosine between the final hidden states of two streams at the same token.
+        layer_cosine: the same after each layer, first to last.
+        error_correlation: mean Pearson correlation, over tokens, of two streams' log-losses minus the control's (the
+            ρ of the paper's section 2); None without a control.
+    """
+
+    streams: int
+    tokens: int
+    loss: float
+    stream_losses: list[float]
+    weights: list[float]
+    effective_streams: float
+    cosine: float | None
+    layer_cosine: list[float]
+    error_correlation: float | None
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the streams say the same: near-equal hidden states, or a merged loss no better than the best one's."""
+        if self.cosine is None:
+            return False
+        return self.cosine > COLLAPSE_COSINE or self.loss >= min(self.stream_losses)
+
+    @property
+    def monoculture(self) -> bool:
+        """Whether one stream gets nearly all the weight."""
+        return self.streams > 1 and max(self.weights) > MONOCULTURE_WEIGHT
+
+    @property
+    def verdict(self) -> str:
+        """One line for people."""
+        if self.streams == 1:
+            return "one stream: nothing to compare"
+        found = [
+            text
+            for failed, text in (
+                (self.collapsed, f"stream collapse (cosine {self.cosine:.3f})"),
+                (self.monoculture, f"weight monoculture (largest weight {max(self.weights):.2f})"),
+            )
+            if failed
+        ]
+        return "; ".join(found) if found else "the streams differ and are used"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers and the verdict, for JSON."""
+        return asdict(self) | {"verdict": self.verdict}
+
+
+@torch.no_grad()
+def probe_streams(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = None) -> StreamProbe:
+    """Look at every stream of a model on a batch of token ids.
+
+    Args:
+        model: a parallelized causal LM.
+        input_ids: (B, T) with T >= 2, without padding.
+        control: a model (P=1 with a prefix, best) whose losses the errors are measured against.
+
+    Raises:
+        InputError: the model has no streams, or the batch is shorter than two tokens.
+    """
+    if not isinstance(model, StreamsForCausalLM):
+        raise InputError(f"{type(model).__name__} has no streams; call parscale.parallelize(model, StreamsConfig(...))")
+    if input_ids.ndim != 2 or input_ids.shape[1] < 2:
+        raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; give (batch, length) with a length >= 2")
+    input_ids = input_ids.to(model.device)  # type: ignore[attr-defined]
+    p = model.streams
+    with _evaluating(model):
+        merged = token_losses(model(input_ids=input_ids, use_cache=False).logits, input_ids)
+        with unmerged(model):
+            out = model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
+        layers = [split(h, p) for h in out.hidden_states[1:]]  # each (p, B, T, d), the last after the final norm
+        alone = split(token_losses(out.logits, input_ids.repeat(p, 1)), p)  # (p, B, T-1)
+    backbone = model.base_model  # type: ignore[attr-defined]
+    weights = stream_weights(layers[-1], backbone.aggregate_layer, backbone.stream_state.config.smoothing)
+    return StreamProbe(
+        streams=p,
+        tokens=merged.numel(),
+        loss=merged.mean().item(),
+        stream_losses=alone.mean((1, 2)).tolist(),
+        weights=weights.mean((1, 2)).tolist(),
+        effective_streams=_entropy(weights).exp().item(),
+        cosine=_mean_cosine(layers[-1]) if p > 1 else None,
+        layer_cosine=[_mean_cosine(h) for h in layers] if p > 1 else [],
+        error_correlation=_error_correlation(alone, control, input_ids) if p > 1 and control is not None else None,
+    )
+
+
+def token_losses(logits: Float[Tensor, "b t v"], input_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t-1"]:
+    """−log p of every token after the first, in nats: (B, T−1)."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none").view(
+        input_ids.shape[0], -1
+    )
+
+
+@contextmanager
+def unmerged(model: Any) -> Iterator[None]:
+    """While it lasts, the model's outputs have P·B rows: each stream on its own, stream-major, nothing merged."""
+    state = model.base_model.stream_state
+    state.merging = False
+    try:
+        yield
+    finally:
+        state.merging = True
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _mean_cosine(hidden: Float[Tensor, "p b t d"]) -> float:
+    unit = F.normalize(hidden.float(), dim=-1)
+    together = unit.sum(0).square().sum(-1).mean()  # |Σ u_p|² = P + Σ over ordered pairs of cosines
+    p = hidden.shape[0]
+    return ((together - p) / (p * (p - 1))).item()
+
+
+def _entropy(weights: Float[Tensor, "p b t"]) -> Tensor:
+    return -(weights * weights.clamp(min=1e-12).log()).sum(0).mean()
+
+
+def _error_correlation(alone: Float[Tensor, "p b t"], control: Any, input_ids: Tensor) -> float:
+    with _evaluating(control):
+        logits = control(input_ids=input_ids.to(control.device), use_cache=False).logits
+    errors = alone.flatten(1) - token_losses(logits, input_ids).flatten()[None]  # (p, tokens)
+    pairs = torch.corrcoef(errors)
+    p = pairs.shape[0]
+    return ((pairs.sum() - pairs.trace()) / (p * (p - 1))).item()

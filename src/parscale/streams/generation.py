@@ -1,0 +1,118 @@
+"""How `generate` and its kin run P streams: how many, over which rows, and with which cache."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from parscale.errors import InputError
+from parscale.streams.order import reorder
+from parscale.streams.paged import FoldedModel
+
+
+class StreamsGeneration:
+    """Mixin of a causal LM over a `StreamsBackbone`: dynamic P, and the places where transformers counts rows."""
+
+    base_model: Any
+    config: Any
+
+    @property
+    def streams(self) -> int:
+        """p, the number of streams that run now."""
+        return self.base_model.stream_state.active
+
+    def set_streams(self, streams: int) -> None:
+        """Run the first `streams` of the P trained streams from now on. Free: no weight is moved.
+
+        A KV cache belongs to the p that filled it.
+
+        Raises:
+            InputError: not an integer from 1 to P.
+        """
+        trained = self.base_model.stream_state.config.streams
+        if isinstance(streams, bool) or not isinstance(streams, int) or not 1 <= streams <= trained:
+            raise InputError(f"streams={streams!r} is not accepted; this model has {trained}, give 1 to {trained}")
+        self.base_model.stream_state.active = streams
+
+    def with_streams(self, streams: int) -> Any:
+        """Another model over the same weights, not copied, that runs `streams` streams whatever this one does: a draft
+        model, or a server's second width. Training one trains the other.
+
+        Raises:
+            InputError: not an integer from 1 to P.
+        """
+        shared = [*self.parameters(), *self.buffers(), self.base_model.stream_adapters]  # type: ignore[attr-defined]
+        other = copy.deepcopy(self, {id(one): one for one in shared})
+        other.set_streams(streams)
+        return other
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, streams: int | None = None, **kwargs: Any) -> Any:
+        """transformers' own `generate`, with the merged logits of all active streams.
+
+        Args:
+            inputs: the prompt (B, T), and whatever else `generate` takes.
+            streams: p for this call alone.
+
+        Raises:
+            InputError: `streams` is not from 1 to P, or the prompt is longer than the model's context.
+        """
+        for prompt in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
+            if prompt is not None:
+                self._check_length(prompt.shape[1])
+        with self._running(streams):
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def generate_batch(self, inputs: list[list[int]], *args: Any, streams: int | None = None, **kwargs: Any) -> Any:
+        """transformers' own continuous batching over a paged cache. `streams` and errors as in `generate`."""
+        for prompt in inputs:
+            self._check_length(len(prompt))
+        with self._running(streams):
+            return super().generate_batch(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own. The manager runs p streams as they are now; a later `set_streams` does not reach it.
+
+        Raises:
+            InputError: a manager kept from before runs another p, or this model cannot be batched so.
+        """
+        if self.base_model.stream_state.config.is_plain:
+            return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
+        kept = getattr(self, "_cached_continuous_batching_manager", None)
+        if kept is not None and kept.model.streams != self.streams:
+            raise InputError(
+                f"streams={self.streams}: the batching manager kept from before runs {kept.model.streams}; call "
+                "destroy_cached_continuous_batching_manager() first"
+            )
+        return FoldedModel(self, self.streams).init_continuous_batching(*args, **kwargs)
+
+    @contextmanager
+    def _running(self, streams: int | None) -> Iterator[None]:
+        before = self.streams
+        if streams is not None:
+            self.set_streams(streams)
+        try:
+            yield
+        finally:
+            self.base_model.stream_state.active = before
+
+    def _check_length(self, tokens: int) -> None:
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and tokens > limit and not _stretches_positions(self.config):
+            raise InputError(f"a prompt of {tokens} tokens is longer than the model's context; give at most {limit}")
+
+    def _prepare_static_cache(self, cache_implementation: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+        parent: Any = super()
+        return parent._prepare_static_cache(cache_implementation, batch_size * self.streams, *args, **kwargs)
+
+    def _reorder_cache(self, past_key_values: Any, beam_idx: Tensor) -> Any:
+        past_key_values.reorder_cache(reorder(beam_idx, self.streams))
+        return past_key_values
+
+
+def _stretches_positions(config: Any) -> bool:
+    """Whether a RoPE scaling carries the model beyond `max_position_embeddings`."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if all(isinstance(one, dict) for one in rope.values()) else [rope]
+    return any(kind.get("rope_type", "default") != "default" for kind in kinds)

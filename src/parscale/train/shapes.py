@@ -1,0 +1,60 @@
+"""Small model shapes to pretrain from scratch, by name; any other model comes from a folder or the hub."""
+
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
+
+from parscale.errors import InputError
+
+# layers, hidden size, heads. Parameters without embeddings: about 12·layers·hidden².
+SHAPES = {
+    "nano": (2, 64, 2),  # 0.1 M
+    "micro": (4, 128, 4),  # 0.8 M
+    "mini": (6, 256, 4),  # 4.7 M
+    "small": (8, 512, 8),  # 25 M
+    "base": (12, 768, 12),  # 85 M
+}
+
+
+def build(model: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
+    """An untrained causal LM for a tokenizer: a shape of `SHAPES`, or the configuration found at a folder or hub name.
+
+    Random draws come from torch's global generator.
+
+    Raises:
+        InputError: no such shape or configuration, or one whose vocabulary is smaller than the tokenizer's.
+    """
+    if model in SHAPES:
+        layers, hidden, heads = SHAPES[model]
+        config: Any = Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=8 * hidden // 3 // 8 * 8,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=max(512, 2 * block_size),
+            initializer_range=0.5 * hidden**-0.5,  # 0.02 suits a width of 600; narrow models start too quiet with it
+            tie_word_embeddings=True,
+        )
+    else:
+        try:
+            config = AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"model={model!r}: give one of {tuple(SHAPES)}, a folder or a hub name ({reason})"
+            ) from None
+    check_vocabulary(config.vocab_size, tokenizer, model)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    return AutoModelForCausalLM.from_config(config)
+
+
+def check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    """Refuse a tokenizer that can give ids which the model has no embedding for."""
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens and {model!r} has embeddings for {vocab_size}; "
+            "give the model's own tokenizer"
+        )

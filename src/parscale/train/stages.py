@@ -1,0 +1,83 @@
+"""The stages of training, as the paper has them: what each trains, and at which rates (paper, section 4.2 and 3.3).
+
+- `pretrain`: everything from scratch, streams from step 0.
+- `retrofit`: stage 2, all weights of a trained model after streams were added to it.
+- `frozen`: only what the streams added; the backbone's gradients are never allocated.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from parscale.errors import InputError
+
+Stage = Literal["pretrain", "retrofit", "frozen"]
+
+DIVERSIFIER_NAMES = ("prefix_k", "prefix_v", "stream_embedding")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates and weight decay by parameter group."""
+
+    learning_rate: float
+    stream_learning_rate: float
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "stream_learning_rate", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name}={getattr(self, name)!r} is not accepted; give a number >= 0")
+        if self.learning_rate == 0 and self.stream_learning_rate == 0:
+            raise InputError("learning_rate=0 and stream_learning_rate=0: nothing would train; give one above 0")
+
+
+def belongs_to_streams(name: str) -> bool:
+    """Whether a parameter was added by `parallelize`, told by its name in the model."""
+    return is_diversifier(name) or ".aggregate_layer." in f".{name}"
+
+
+def is_diversifier(name: str) -> bool:
+    """Whether a parameter is one that tells the streams apart: a prefix, what generates it, or a stream's vector."""
+    return name.rsplit(".", 1)[-1] in DIVERSIFIER_NAMES or "prefix_generator." in name
+
+
+def freeze_backbone(model: nn.Module, stage: Stage) -> None:
+    """Mark what the stage trains. In `frozen` the backbone's parameters require no gradient.
+
+    Raises:
+        InputError: the stage leaves nothing to train.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(stage != "frozen" or belongs_to_streams(name))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("stage 'frozen' on a model without streams: nothing would train; give it streams or a prefix")
+
+
+def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
+    """AdamW's groups. Diversifiers have their own rate; they, the head, biases and norms are not decayed: decay would
+    pull the prefixes back together.
+    """
+    matrices, vectors, head, diversifiers = [], [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if is_diversifier(name):
+            diversifiers.append(parameter)
+        elif belongs_to_streams(name):
+            head.append(parameter)
+        else:
+            (matrices if parameter.ndim > 1 else vectors).append(parameter)
+    groups = [
+        {"name": "backbone", "params": matrices, "lr": rates.learning_rate, "weight_decay": rates.weight_decay},
+        {"name": "backbone, not decayed", "params": vectors, "lr": rates.learning_rate, "weight_decay": 0.0},
+        {"name": "head", "params": head, "lr": rates.learning_rate, "weight_decay": 0.0},
+        {"name": "streams", "params": diversifiers, "lr": rates.stream_learning_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def count_stream_parameters(model: nn.Module) -> int:
+    """How many parameters the streams added."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if belongs_to_streams(name))
