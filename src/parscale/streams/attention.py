@@ -8,7 +8,7 @@ position and never enters the KV cache: real tokens keep positions 0 … T−1, 
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -112,6 +112,7 @@ def flex_mask(
     if attention_mask is not None:
         padding = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[-1])))
 
+    @no_type_check  # torch counts the arguments of the function itself: it must stay unwrapped
     def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         column = (kv - n).clamp(min=0) + kv_offset
         seen = mask_function(b, h, q + q_offset, column)

@@ -4,7 +4,7 @@ A tensor with P·B rows holds stream 0's batch first, then stream 1's, and so on
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float, Int
@@ -71,6 +71,7 @@ def _duplicate_block_mask(mask: BlockMask, streams: int) -> BlockMask:
     if batch == 1:
         return mask
 
+    @no_type_check  # torch counts the arguments of the function itself: it must stay unwrapped
     def of_the_batch(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return mask.mask_mod(b % batch, h, q, kv)
 
