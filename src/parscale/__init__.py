@@ -2,9 +2,18 @@
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
+from parscale.streams.checkpoint import load_streams, save_streams, use_streams
 from parscale.streams.families import register_family
 from parscale.streams.parallelize import parallelize
 
 __version__ = "0.1.0"
 
-__all__ = ["InputError", "StreamsConfig", "parallelize", "register_family"]
+__all__ = [
+    "InputError",
+    "StreamsConfig",
+    "load_streams",
+    "parallelize",
+    "register_family",
+    "save_streams",
+    "use_streams",
+]

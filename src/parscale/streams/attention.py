@@ -2,7 +2,7 @@
 
 Registers, for each attention implementation of transformers that can carry a prefix, a twin `parscale|<name>` that puts
 the module's `prefix_k`, `prefix_v` in front of the keys and values and delegates to the original. The prefix has no
-position and never enters the KV cache: real tokens keep positions 0 … T−1, and windows and crops count real tokens only.
+position and never enters the KV cache: real tokens keep positions 0 … T−1, windows and crops count real tokens only.
 """
 
 import sys

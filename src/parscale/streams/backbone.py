@@ -1,4 +1,4 @@
-"""The shared backbone: the user's own model, whose forward pass duplicates its input, runs once, and merges (section 2.2).
+"""The shared backbone: the user's own model, whose forward duplicates its input, runs once, and merges (section 2.2).
 
 Two mixins, put in front of a model's own classes (see families.py): one for the backbone, one for the causal LM.
 """
@@ -168,7 +168,7 @@ class StreamsForCausalLM(StreamsGeneration, _CarriesPrefix):
                 source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except SafetensorError as error:
-            raise InputError(f"{source}: a safetensors file is corrupt or cut short, fetch it again ({error})") from None
+            raise InputError(f"{source}: a corrupt or cut short safetensors file, fetch it again ({error})") from None
         refuse(
             source,
             missing=filter(belongs_to_streams, info["missing_keys"]),
@@ -189,7 +189,7 @@ class StreamsForCausalLM(StreamsGeneration, _CarriesPrefix):
 
 
 def streams_of(model: Any) -> StreamsConfig:
-    """The streams of a parallelized model, as its `config` tells. A plain model reads as one stream without a prefix."""
+    """The streams of a parallelized model, as its `config` tells. A plain model reads as one stream, no prefix."""
     return StreamsConfig.from_json(vars(model.config))
 
 

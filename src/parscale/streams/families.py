@@ -23,6 +23,7 @@ from parscale.streams.aggregate import AggregationHead
 from parscale.streams.attention import StreamState
 from parscale.streams.backbone import StreamsBackbone, StreamsForCausalLM
 from parscale.streams.diversify import embedding, prefix
+from parscale.streams.tensors import stream_tensors
 
 SUFFIX = "_parscale"
 
@@ -31,6 +32,7 @@ REGISTERED = (
     "gpt_oss", "deepseek_v3", "qwen3_next",
 )  # fmt: skip
 """Families whose saved models load after `import parscale` alone; for another, call `register_family(model_type)`."""
+
 
 def register_family(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Make and register `{model_type}_parscale`; a second call returns the same classes.
@@ -90,6 +92,14 @@ def give_streams(model: Any, shapes: dict[str, prefix.Shape] | None) -> None:
     if settings.has_embedding:
         embedding.attach(backbone, settings.streams, hidden_size, **factory)
     backbone.aggregate_layer = AggregationHead(settings.streams, hidden_size, **factory) if settings.has_head else None
+
+
+def remove_streams(model: Any) -> None:
+    """Take from the backbone all parameters that `give_streams` added, before others take their place."""
+    for name in stream_tensors(model):
+        owner, _, leaf = name.rpartition(".")
+        delattr(model.get_submodule(owner), leaf)
+    model.base_model.aggregate_layer = None
 
 
 def _config_class(plain: type[PreTrainedConfig], stem: str, model_type: str) -> type[PreTrainedConfig]:

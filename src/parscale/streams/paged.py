@@ -38,7 +38,7 @@ class FoldedCache(PagedAttentionCache):
         kwargs: dict[str, Any],
     ) -> tuple[Float[Tensor, "p h s d"], Float[Tensor, "p h s d"]]:
         """Write this step's keys and values; return all that the packed requests attend to."""
-        key, value = self.inner.update(
+        key, value = self.inner.update(  # type: ignore[attr-defined]
             fold_into_heads(key_states, self.streams), fold_into_heads(value_states, self.streams), layer_idx, kwargs
         )
         return unfold_from_heads(key, self.streams), unfold_from_heads(value, self.streams)

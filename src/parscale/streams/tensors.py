@@ -1,4 +1,4 @@
-"""The streams' own tensors: how a name tells them from the base model's, and what is said when a checkpoint's are wrong."""
+"""The streams' own tensors: how a name tells them from the base's, and how a checkpoint with wrong ones is refused."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
