@@ -10,15 +10,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from transformers.utils import logging
 
+logging.disable_progress_bar()
 torch.set_num_threads(1)
 # Before parscale is first imported. `torch.compile` cannot look through the checks, so compiled models are tested in
 # a process of their own (tests/contract/compiled.py).
 install_import_hook("parscale.streams", "beartype.beartype")
-
-from transformers.utils import logging
-
-logging.disable_progress_bar()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The cases that the contract suite runs: every family with its preferred backend, and, marked slow, with the others."""
+"""The cases of the contract suite: every family with its preferred attention; with the others, marked slow."""
 
 import copy
 from collections.abc import Callable, Iterator

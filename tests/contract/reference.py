@@ -26,13 +26,19 @@ class Truth:
         logits: (B, T, V), float64.
         streams: final hidden states (P, B, T, d), float64.
         weights: (P, B, T), float64.
+        router_logits: one entry (B·T, experts) a stream and layer, if `output_router_logits` was asked for.
         tolerance: the largest difference that float32 arithmetic alone makes to `logits`, times `SLACK`.
     """
 
     logits: Tensor
     streams: Tensor
     weights: Tensor
+    router_logits: list[Tensor]
     tolerance: float
+
+    def close(self, logits: Tensor, where: Any = ...) -> None:
+        """Assert that `logits` (B, T, V), or the part of them that `where` indexes, are the truth."""
+        torch.testing.assert_close(logits.double(), self.logits[where], rtol=0, atol=self.tolerance)
 
 
 SLACK = 4
@@ -58,11 +64,11 @@ def truth(plain: PreTrainedModel, model: Any, ids: Tensor, streams: int | None =
 
 def _passes(
     plain: PreTrainedModel, model: Any, ids: Tensor, p: int, dtype: torch.dtype, inputs: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     plain = copy.deepcopy(plain).to(dtype).eval()
     plain.config._attn_implementation = NAME
     plain.config._experts_implementation = "eager"  # grouped matrix products know no float64
-    hidden = []
+    hidden, router_logits = [], []
     with _AllInFloat64(), torch.no_grad():
         for stream in range(p):
             _current.prefix = prefix_of_stream(model, stream, dtype)
@@ -71,13 +77,14 @@ def _passes(
                 embeds = embeds + vectors[stream].to(dtype)
             output = plain.base_model(inputs_embeds=embeds, use_cache=False, **inputs)
             hidden.append(output.last_hidden_state)
+            router_logits += output.get("router_logits") or []
         streams = torch.stack(hidden)  # (P, B, T, d)
         weights = _weights(model, streams, p)
         merged = sum(w[..., None] * h for w, h in zip(weights, streams, strict=True))
         logits = plain.get_output_embeddings()(merged)
         if (cap := getattr(plain.config, "final_logit_softcapping", None)) is not None:
             logits = cap * torch.tanh(logits / cap)
-    return logits, streams, weights
+    return logits, streams, weights, router_logits
 
 
 def prefix_of_stream(model: Any, stream: int, dtype: torch.dtype) -> Prefix:

@@ -1,0 +1,80 @@
+"""Saving, loading, copying, pickling, and another attention implementation: the streams stay."""
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from parscale import InputError, StreamsConfig
+from tests.contract.conftest import Case
+from tests.contract.reference import truth
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings", [{}, {"diversify": ("prefix", "embedding")}, {"streams": 1}], ids=["paper", "embedding", "control"]
+)
+def test_round_trip(case: Case, ids: Tensor, tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = case.build(**settings)
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation=case.backend, output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert type(loaded) is type(model)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    default = AutoModelForCausalLM.from_pretrained(tmp_path)
+    truth(case.plain, model, ids).close(default(ids).logits)
+
+
+def test_config_on_disk(case: Case, tmp_path: Path) -> None:
+    case.model.save_pretrained(tmp_path)
+    entries = json.loads((tmp_path / "config.json").read_text())
+    assert entries["model_type"] == f"{case.plain.config.model_type}_parscale"
+    assert (entries["parscale_n"], entries["parscale_n_tokens"]) == (3, 5)
+    assert entries["parscale_attn_smooth"] == 0.1
+    assert "parscale|" not in json.dumps(entries)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is type(case.model.config)
+    assert StreamsConfig.from_json(vars(config)) == StreamsConfig(streams=3, prefix_tokens=5)
+
+
+@torch.no_grad()
+def test_deepcopy_and_pickle(case: Case, ids: Tensor) -> None:
+    model = case.build(diversify=("prefix", "embedding"))
+    expected = model(ids).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(ids).logits, expected)
+        twin.set_streams(2)
+        truth(case.plain, model, ids, streams=2).close(twin(ids).logits)
+        assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_another_attention_keeps_the_prefix(case: Case, ids: Tensor) -> None:
+    model, expected = case.build(), truth(case.plain, case.model, ids)
+    for name in case.family.backends:
+        model.set_attn_implementation(name)
+        assert model.config._attn_implementation == f"parscale|{name}"
+        expected.close(model(ids).logits)
+
+
+def test_attention_that_carries_no_prefix_is_refused(case: Case, ids: Tensor) -> None:
+    AttentionInterface.register("bare", lambda module, query, *_, **__: (query.transpose(1, 2), None))
+    model = case.build()
+    before = model(ids).logits
+    with pytest.raises(InputError, match=r"ForCausalLM.*'bare'.*sdpa"):
+        model.set_attn_implementation("bare")
+    assert torch.equal(model(ids).logits, before)
+    plain = case.family.build(case.backend)
+    plain.set_attn_implementation("bare")
+    from parscale import parallelize
+
+    with pytest.raises(InputError, match="'bare'"):
+        parallelize(plain)
