@@ -3,7 +3,8 @@
 *Stream collapse*: P streams are no better than one. *Weight monoculture*: one stream gets nearly all the weight.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class StreamProbe:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the streams say the same: near-equal hidden states, or a merged loss no better than the best one's."""
+        """Whether the streams say the same: near-equal hidden states, or merged no better than the best alone."""
         if self.cosine is None:
             return False
         return self.cosine > COLLAPSE_COSINE or self.loss >= min(self.stream_losses)
@@ -166,3 +167,46 @@ def _error_correlation(alone: Float[Tensor, "p b t"], control: Any, input_ids: T
     pairs = torch.corrcoef(errors)
     p = pairs.shape[0]
     return ((pairs.sum() - pairs.trace()) / (p * (p - 1))).item()
+
+
+def probe_model(
+    name: str, *, data: Sequence[str], control: str | None, sequences: int, block_size: int, as_json: bool
+) -> StreamProbe:
+    """Load a model, look at its streams on held-out text, and print what was seen: what `parscale probe` does.
+
+    Raises:
+        InputError: a model without streams, or text or folders that cannot be read.
+    """
+    # The text pipeline is not needed to probe a batch, and loads much.
+    from parscale.load import load_model, load_tokenizer
+    from parscale.train.data import load_text
+
+    model, tokenizer = load_model(name), load_tokenizer(name)
+    text = load_text(list(data), tokenizer=tokenizer, block_size=block_size)
+    ids = torch.as_tensor(text.validation[:sequences]["input_ids"])
+    seen = probe_streams(model, ids, control=load_model(control) if control else None)
+    if as_json:
+        print(json.dumps(seen.to_dict()))
+    else:
+        _print_table(seen)
+    return seen
+
+
+def _print_table(seen: StreamProbe) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{seen.streams} streams on {seen.tokens:,} held-out tokens: {seen.verdict}")
+    for column in ("stream", "weight", "loss alone (nats)"):
+        table.add_column(column, justify="right")
+    for i, (weight, loss) in enumerate(zip(seen.weights, seen.stream_losses, strict=True)):
+        table.add_row(str(i + 1), f"{weight:.3f}", f"{loss:.4f}")
+    table.add_section()
+    table.add_row("merged", f"{seen.effective_streams:.2f} in effect", f"{seen.loss:.4f}")
+    console = Console()
+    console.print(table)
+    if seen.cosine is not None:
+        layers = " ".join(f"{c:.3f}" for c in seen.layer_cosine)
+        console.print(f"cosine between streams, layer by layer: {layers}")
+    if seen.error_correlation is not None:
+        console.print(f"error correlation ρ against the control: {seen.error_correlation:.3f}")

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 
 class ProgressBar(TrainerCallback):
-    """A rich progress bar; on a pipe or in a log file, a line per logging step instead."""
+    """A rich progress bar; on a pipe or in a log file, a line per evaluation instead."""
 
     def __init__(self, title: str, tokens_per_step: int) -> None:
         self.title = title
@@ -23,6 +23,7 @@ class ProgressBar(TrainerCallback):
         self.live = self.progress.console.is_terminal
         self.started = 0.0
         self.first_step = 0
+        self.weights: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first_step = time.monotonic(), state.global_step
@@ -39,13 +40,13 @@ class ProgressBar(TrainerCallback):
         seconds = max(time.monotonic() - self.started, 1e-9)
         speed = (state.global_step - self.first_step) * self.tokens_per_step / seconds
         parts = [f"{name} {logs[key]:.3f}" for name, key in (("loss", "loss"), ("val", "eval_loss")) if key in logs]
-        weights = [logs[key] for key in sorted(k for k in logs if k.startswith("streams/weight_"))]
-        if weights:
-            parts.append("weights " + "/".join(f"{w:.2f}" for w in weights))
+        self.weights = [logs[k] for k in logs if k.startswith("streams/weight_")] or self.weights
+        if self.weights:
+            parts.append("weights " + "/".join(f"{w:.2f}" for w in self.weights))
         parts.append(f"{speed:,.0f} tok/s")
         status = " · ".join(parts)
         self.progress.update(self.task, status=status)
-        if not self.live:
+        if not self.live and "eval_loss" in logs:
             self.progress.console.print(f"{self.title} {state.global_step}/{state.max_steps} {status}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

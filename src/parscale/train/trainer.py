@@ -213,7 +213,7 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
     start_loss = trainer.evaluate()["eval_loss"]
     trainer.add_callback(ProgressBar(title or f"{config.stage} P={_streams(model)}", tokens_per_step))
     trainer.train()
-    validation_loss = trainer.evaluate()["eval_loss"]
+    history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
     seen = trainer.probe()
     result = TrainResult(
         output=str(config.output),
@@ -226,10 +226,10 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
         parameters=model.num_parameters(),
         stream_parameters=count_stream_parameters(model),
         start_loss=start_loss,
-        validation_loss=validation_loss,
+        validation_loss=next(row["eval_loss"] for row in reversed(history) if "eval_loss" in row),
         probe=seen.to_dict() if seen else None,
         seconds=time.monotonic() - started,
-        history=[row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row],
+        history=history,
     )
     save_run(model, data.tokenizer, config.output, {"result": asdict(result), "config": _plain(asdict(config))})
     return result
@@ -312,7 +312,7 @@ def _arguments(config: TrainConfig, steps: int) -> TrainingArguments:
         warmup_steps=round(config.warmup * steps),
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         eval_strategy="steps",
-        eval_steps=max(1, steps // config.evaluations),
+        eval_steps=-(-steps // config.evaluations),
         logging_steps=max(1, steps // 40),
         save_strategy="no",
         prediction_loss_only=True,

@@ -1,0 +1,233 @@
+"""The main claim in ten minutes: a small model gains from parallel streams on real text, against the honest control.
+
+Pretrains a plain base, then gives it stage 2 three times with the same tokens in the same order: P=1 with the streams'
+prefix (the control), P=2 and P=4. Knows the demo's settings for each kind of machine.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from parscale.config import StreamsConfig
+from parscale.errors import InputError
+from parscale.experiments.report import write_demo_report
+from parscale.generate import complete
+from parscale.load import load_model, load_tokenizer
+from parscale.train.corpus import STDLIB
+from parscale.train.data import load_text
+from parscale.train.trainer import TrainConfig, TrainResult, check_output, train
+
+Scale = Literal["auto", "smoke", "cpu", "gpu"]
+
+PROMPTS = ("def __init__(self", "import os\nimport sys\n\ndef main(", "    for key, value in ")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes and rates of one scale; chosen by measurement, see LOG.md."""
+
+    model: str
+    vocab_size: int
+    block_size: int
+    batch_size: int
+    base_tokens: int
+    tokens: int
+    learning_rate: float
+    stream_learning_rate: float
+
+
+SETTINGS = {
+    "smoke": Setting("nano", 512, 64, 8, 8 * 64 * 20, 8 * 64 * 20, 3e-3, 1e-2),
+    "cpu": Setting("nano", 1024, 256, 16, 1_600_000, 1_600_000, 3e-3, 1e-2),
+    "gpu": Setting("small", 8192, 512, 64, 60_000_000, 60_000_000, 1e-3, 5e-3),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the demo's table, and of `demo.json`."""
+
+    name: str
+    streams: int
+    tokens: int
+    seed: int
+    validation_loss: float
+    gain: float | None
+    cosine: float | None
+    effective_streams: float | None
+    weights: list[float] | None
+    stream_parameters: int
+    seconds: float
+
+
+def run_demo(
+    output: Path = Path("demo-out"),
+    *,
+    data: Sequence[str] = (STDLIB,),
+    scale: Scale = "auto",
+    streams: Sequence[int] = (2, 4),
+    seed: int = 0,
+) -> list[Row]:
+    """Train base, control and streams; print the table and completions; write `demo.json` and `report.html`.
+
+    Args:
+        output: folder for models and results; it must not hold anything yet.
+        data: text, as for `parscale train`.
+        scale: smoke (seconds, proves the machinery), cpu, gpu; auto takes what the machine has.
+        streams: the P to compare with the control.
+        seed: of weights and data order.
+
+    Raises:
+        InputError: bad text or an output folder that is not empty.
+    """
+    if scale == "auto":
+        scale = "gpu" if torch.cuda.is_available() else "cpu"
+    if not streams or any(p < 2 for p in streams):
+        raise InputError(f"streams={tuple(streams)} is not accepted; give one or more numbers >= 2")
+    check_output(output)
+    setting = SETTINGS[scale]
+    console = Console()
+    started = time.monotonic()
+    text = load_text(list(data), vocab_size=setting.vocab_size, block_size=setting.block_size)
+    console.print(
+        f"{text.train_documents} training documents, {text.train_tokens:,} tokens; "
+        f"{text.validation_documents} held out, {text.validation_tokens:,} tokens"
+    )
+    common: dict[str, Any] = {
+        "batch_size": setting.batch_size,
+        "block_size": setting.block_size,
+        "learning_rate": setting.learning_rate,
+        "stream_learning_rate": setting.stream_learning_rate,
+        "seed": seed,
+    }
+    base = train(
+        TrainConfig(
+            "pretrain",
+            output / "base",
+            model=setting.model,
+            streams=StreamsConfig(streams=1, prefix_tokens=0),
+            tokens=setting.base_tokens,
+            decay=0.0,
+            **common,
+        ),
+        data=text,
+        title="base",
+    )
+    results = {"base": base}
+    for p in (1, *sorted(set(streams))):
+        name = f"P={p}" if p > 1 else "control"
+        results[name] = train(
+            TrainConfig(
+                "retrofit",
+                output / (f"p{p}" if p > 1 else "control"),
+                model=str(output / "base"),
+                streams=streams_setting(p),
+                tokens=setting.tokens,
+                decay=0.5,
+                **common,
+            ),
+            data=text,
+            title=name,
+        )
+    rows = _rows(results)
+    _print_table(console, rows)
+    completions = _complete(console, output, [1, *sorted(set(streams))])
+    record = {
+        "rows": [vars(row) for row in rows],
+        "scale": scale,
+        "corpus": list(data),
+        "completions": completions,
+        "history": {name: result.history for name, result in results.items()},
+        "probes": {name: result.probe for name, result in results.items()},
+        "seconds": round(time.monotonic() - started, 1),
+        "machine": machine(),
+    }
+    _write(output / "demo.json", json.dumps(record, indent=1))
+    _write(output / "report.html", write_demo_report(record))
+    console.print(f"{record['seconds']:.0f} s. Numbers: {output / 'demo.json'}; report: {output / 'report.html'}")
+    return rows
+
+
+def streams_setting(p: int) -> StreamsConfig:
+    """The demo's streams: the paper's prefix and a learned vector per stream. P=1 is the control: the prefix alone."""
+    return StreamsConfig(streams=p, diversify=("prefix", "embedding"))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "platform": platform.platform(),
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _rows(results: dict[str, TrainResult]) -> list[Row]:
+    control = results["control"].validation_loss
+    rows = []
+    for name, result in results.items():
+        probe = result.probe or {}
+        rows.append(
+            Row(
+                name=name,
+                streams=result.streams["streams"],
+                tokens=result.tokens,
+                seed=result.seed,
+                validation_loss=result.validation_loss,
+                gain=control - result.validation_loss if name.startswith("P=") else None,
+                cosine=probe.get("cosine"),
+                effective_streams=probe.get("effective_streams"),
+                weights=probe.get("weights"),
+                stream_parameters=result.stream_parameters,
+                seconds=result.seconds,
+            )
+        )
+    return rows
+
+
+def _print_table(console: Console, rows: list[Row]) -> None:
+    table = Table(title="Validation loss by number of streams: the same base, the same tokens in stage 2")
+    for column in ("model", "loss (nats)", "gain over control", "cosine", "weights", "added parameters", "seconds"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    names = {"base": "base, before stage 2", "control": "control: P=1 with a prefix"}
+    for row in rows:
+        table.add_row(
+            names.get(row.name, row.name),
+            f"{row.validation_loss:.4f}",
+            "" if row.gain is None else f"{row.gain:+.4f}",
+            "" if row.cosine is None else f"{row.cosine:.3f}",
+            "/".join(f"{w:.2f}" for w in row.weights or []),
+            f"{row.stream_parameters:,}",
+            f"{row.seconds:.0f}",
+        )
+    console.print(table)
+
+
+def _complete(console: Console, output: Path, streams: list[int]) -> list[dict[str, Any]]:
+    found = []
+    for p in streams:
+        folder = output / (f"p{p}" if p > 1 else "control")
+        model, tokenizer = load_model(folder), load_tokenizer(folder)
+        for prompt in PROMPTS:
+            text = complete(model, tokenizer, prompt, max_new_tokens=32)
+            found.append({"streams": p, "prompt": prompt, "completion": text})
+            console.print(f"[bold]P={p}[/] {prompt!r} → {text!r}", highlight=False)
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)

@@ -1,0 +1,55 @@
+"""Completing a prompt: what `parscale generate` and the demo call. All of `model.generate` is there besides."""
+
+from typing import Any
+
+import torch
+
+from parscale.errors import InputError
+from parscale.streams.backbone import StreamsForCausalLM
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    streams: int | None = None,
+    streamer: Any = None,
+) -> str:
+    """The model's continuation of a prompt, without the prompt.
+
+    Args:
+        model: a causal LM, with or without streams.
+        tokenizer: its tokenizer.
+        prompt: at least one token of text.
+        max_new_tokens: at most so many tokens more.
+        temperature: 0 is greedy; above 0 samples.
+        seed: of the sampling.
+        streams: run this many of the model's streams; None for all that are active.
+        streamer: a transformers streamer that gets the tokens as they come.
+
+    Raises:
+        InputError: an empty prompt, a negative temperature, or more streams than the model has.
+    """
+    if temperature < 0:
+        raise InputError(f"temperature={temperature} is not accepted; give a number >= 0")
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise InputError("the prompt is empty; give at least one token of text")
+    if streams is not None:
+        if not isinstance(model, StreamsForCausalLM):
+            raise InputError(f"streams={streams}: {type(model).__name__} has no streams")
+        model.set_streams(streams)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    ids = model.generate(
+        **inputs,
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        streamer=streamer,
+    )
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
