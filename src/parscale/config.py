@@ -12,11 +12,11 @@ from parscale.errors import InputError
 
 Aggregate = Literal["learned", "mean"]
 PrefixInit = Literal["near_identity", "normal", "reparameterized"]
-Diversifier = Literal["prefix", "embedding"]
+Diversifier = Literal["prefix", "embedding", "lora", "rank1"]
 
 AGGREGATES = ("learned", "mean")
 PREFIX_INITS = ("near_identity", "normal", "reparameterized")
-DIVERSIFIERS = ("prefix", "embedding")
+DIVERSIFIERS = ("prefix", "embedding", "lora", "rank1")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,10 @@ class StreamsConfig:
         aggregate: "learned", an MLP that weighs the streams token by token, or "mean".
         prefix_init: how the prefix starts: "normal" (spread like the layer's own keys and values), "near_identity"
             (the model's own loss at step 0), or "reparameterized" (a Tanh MLP makes it during training).
-        diversify: what tells the streams apart: "prefix" (the paper) and "embedding" (one learned vector per stream,
-            added to the token embeddings).
+        diversify: what tells the streams apart: "prefix" (the paper), "embedding" (one learned vector per stream,
+            added to the token embeddings), "lora" (a low-rank update of the projections per stream) and "rank1" (scales
+            on the inputs and outputs of the projections per stream). One stream has them too, but for the embedding.
+        lora_rank: r of "lora".
 
     Raises:
         InputError: an unknown or impossible value, or several streams with nothing to tell them apart.
@@ -45,6 +47,7 @@ class StreamsConfig:
     aggregate: Aggregate = "learned"
     prefix_init: PrefixInit = "normal"
     diversify: tuple[Diversifier, ...] = ("prefix",)
+    lora_rank: int = 8
 
     def __post_init__(self) -> None:
         _require(_is_int(self.streams) and self.streams >= 1, "streams", self.streams, "an integer >= 1")
@@ -67,22 +70,30 @@ class StreamsConfig:
             chosen,
             f"distinct names from {DIVERSIFIERS}",
         )
-        if self.streams > 1 and not self.has_prefix and not self.has_embedding:
+        _require(_is_int(self.lora_rank) and self.lora_rank >= 1, "lora_rank", self.lora_rank, "an integer >= 1")
+        if self.streams > 1 and not self.diversifiers:
             raise InputError(
                 f"streams={self.streams} with prefix_tokens={self.prefix_tokens} and diversify={chosen}: nothing tells "
                 "the streams apart, so all would compute the same. Give prefix_tokens >= 1 with 'prefix' in diversify, "
-                "or add 'embedding'."
+                f"or add one of {DIVERSIFIERS[1:]}."
             )
+
+    @property
+    def diversifiers(self) -> tuple[Diversifier, ...]:
+        """Those of `diversify` that have parameters: not a prefix of no tokens, nor the vector of a lone stream."""
+        without = {"prefix"} if self.prefix_tokens == 0 else set()
+        without |= {"embedding"} if self.streams == 1 else set()
+        return tuple(name for name in self.diversify if name not in without)
 
     @property
     def has_prefix(self) -> bool:
         """Whether every attention layer gets prefix keys and values."""
-        return self.prefix_tokens > 0 and "prefix" in self.diversify
+        return "prefix" in self.diversifiers
 
     @property
     def has_embedding(self) -> bool:
-        """Whether every stream gets a learned vector added to its embeddings. One stream needs none."""
-        return self.streams > 1 and "embedding" in self.diversify
+        """Whether every stream gets a learned vector added to its embeddings."""
+        return "embedding" in self.diversifiers
 
     @property
     def has_head(self) -> bool:
@@ -92,7 +103,7 @@ class StreamsConfig:
     @property
     def is_plain(self) -> bool:
         """Whether this is the user's model, untouched: one stream and nothing added."""
-        return self.streams == 1 and not self.has_prefix
+        return self.streams == 1 and not self.diversifiers
 
     def to_json(self) -> dict[str, Any]:
         """The entries of `config.json`: the three released names, and a dict `parscale` if they do not suffice."""
@@ -101,7 +112,7 @@ class StreamsConfig:
             for f in fields(self)
             if f.name not in _RELEASED_NAMES and (value := getattr(self, f.name)) != f.default
         }
-        if self.streams == 1 and self.has_prefix:
+        if self.streams == 1 and not self.is_plain:
             extra["control"] = True
         entries: dict[str, Any] = {released: getattr(self, ours) for ours, released in _RELEASED_NAMES.items()}
         return entries | ({"parscale": _jsonable(extra)} if extra else {})
@@ -127,6 +138,24 @@ class StreamsConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields under their own names, for logs and reports."""
         return _jsonable(asdict(self))
+
+
+def as_written(entries: dict[str, Any]) -> dict[str, Any]:
+    """What transformers would write to `config.json`, made readable for the released code as well.
+
+    `parscale` goes if it says nothing, and `auto_map`, for the code that it names is not in the folder. The released
+    code, of before transformers 5, looks for `rope_theta`, `rope_scaling` and `torch_dtype`: without them it would
+    silently take its defaults.
+    """
+    written = {k: v for k, v in entries.items() if k != "auto_map" and (k != "parscale" or v is not None)}
+    rope = written.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # else one entry for each kind of layer, which the released code never knew
+        scaling = {k: v for k, v in rope.items() if k != "rope_theta"}
+        written["rope_theta"] = rope["rope_theta"]
+        written["rope_scaling"] = None if scaling.get("rope_type") == "default" else scaling
+    if "dtype" in written:
+        written["torch_dtype"] = written["dtype"]
+    return written
 
 
 PREFIX_SHAPES = "prefix_shapes"

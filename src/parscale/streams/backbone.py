@@ -16,7 +16,7 @@ from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.streams.aggregate import AggregationHead, stream_weights
 from parscale.streams.attention import SUPPORTED, TAG, StreamState
-from parscale.streams.diversify import embedding, prefix
+from parscale.streams.diversify import embedding, prefix, protocol
 from parscale.streams.diversify.prefix import PrefixGenerator
 from parscale.streams.generation import StreamsGeneration
 from parscale.streams.merge import merge
@@ -120,9 +120,8 @@ class StreamsBackbone(_CarriesPrefix):
     def init_stream_parameters(self, module: nn.Module) -> None:
         """Where nothing is known of the layers' keys and values: finite always, and streams that differ."""
         std = getattr(self.config, "initializer_range", None) or 0.02
-        for name in ("prefix_k", "prefix_v", "stream_embedding"):
-            if isinstance(parameter := getattr(module, name, None), nn.Parameter):
-                init.normal_(parameter, std=std)
+        for diversifier in protocol.ALL.values():
+            diversifier.reset(module, std)
         if isinstance(module, AggregationHead):
             init.zeros_(module[2].weight)
 

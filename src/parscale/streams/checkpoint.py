@@ -204,7 +204,7 @@ def _install(model: Any, adapter: Adapter) -> None:
     remove_streams(model)
     for key, value in adapter.entries.items():
         setattr(model.config, key, value)
-    give_streams(model, shapes=None)
+    give_streams(model)
     for name, place in stream_tensors(model).items():
         parameter = adapter.tensors[name]
         parameter.data = parameter.data.to(device=place.device, dtype=place.dtype)

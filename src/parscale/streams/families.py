@@ -17,13 +17,12 @@ from transformers import (
 )
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from parscale.config import StreamsConfig
+from parscale.config import StreamsConfig, as_written
 from parscale.errors import InputError
 from parscale.streams.aggregate import AggregationHead
 from parscale.streams.attention import StreamState
 from parscale.streams.backbone import StreamsBackbone, StreamsForCausalLM
-from parscale.streams.diversify import embedding, prefix
-from parscale.streams.tensors import stream_tensors
+from parscale.streams.diversify import protocol
 
 SUFFIX = "_parscale"
 
@@ -61,12 +60,11 @@ def register_family(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTr
     return config_class, lm_class
 
 
-def give_streams(model: Any, shapes: dict[str, prefix.Shape] | None) -> None:
+def give_streams(model: Any) -> None:
     """Turn the model's backbone into a `StreamsBackbone` and add the parameters that its `config` tells, uninitialised.
 
     Args:
         model: a causal LM of a generated class, whose backbone is still of the family's own class.
-        shapes: attention module name (in the backbone) → (Hk, Dk, Dv); None to follow the config.
     """
     config, backbone = model.config, model.base_model
     settings = StreamsConfig.from_json(vars(config))
@@ -80,25 +78,17 @@ def give_streams(model: Any, shapes: dict[str, prefix.Shape] | None) -> None:
     backbone.prefix_generator = None
     if not hasattr(backbone, "stream_adapters"):
         backbone.stream_adapters = {}
-    reference = next(backbone.parameters())
-    factory = {"device": reference.device, "dtype": model.dtype}
-    if settings.has_prefix:
-        for module_name, shape in (shapes or prefix.shapes_from_config(model)).items():
-            module = backbone.get_submodule(module_name)
-            factory["device"] = next(module.parameters()).device
-            prefix.attach(module, backbone.stream_state, settings.streams, settings.prefix_tokens, shape, **factory)
-    factory["device"] = reference.device
+    place = {"device": next(backbone.parameters()).device, "dtype": model.dtype}
+    for diversifier in protocol.chosen(settings):
+        diversifier.attach(model, backbone.stream_state)
     hidden_size = model.get_input_embeddings().embedding_dim
-    if settings.has_embedding:
-        embedding.attach(backbone, settings.streams, hidden_size, **factory)
-    backbone.aggregate_layer = AggregationHead(settings.streams, hidden_size, **factory) if settings.has_head else None
+    backbone.aggregate_layer = AggregationHead(settings.streams, hidden_size, **place) if settings.has_head else None
 
 
 def remove_streams(model: Any) -> None:
     """Take from the backbone all parameters that `give_streams` added, before others take their place."""
-    for name in stream_tensors(model):
-        owner, _, leaf = name.rpartition(".")
-        delattr(model.get_submodule(owner), leaf)
+    for diversifier in protocol.ALL.values():
+        diversifier.detach(model)
     model.base_model.aggregate_layer = None
 
 
@@ -111,14 +101,24 @@ def _config_class(plain: type[PreTrainedConfig], stem: str, model_type: str) -> 
     }
     # The released checkpoints' own defaults, which their files may leave out.
     defaults = {"parscale_n": 1, "parscale_n_tokens": 48, "parscale_attn_smooth": 0.01, "parscale": None}
-    body = {"model_type": model_type, "__annotations__": annotations, "__module__": __name__, **defaults}
+
+    def to_diff_dict(self: Any) -> dict[str, Any]:
+        return as_written(plain.to_diff_dict(self))
+
+    body = {
+        "model_type": model_type,
+        "to_diff_dict": to_diff_dict,
+        "__annotations__": annotations,
+        "__module__": __name__,
+        **defaults,
+    }
     return _publish(type(f"{stem}Config", (plain,), body))
 
 
 def _lm_class(plain: type[PreTrainedModel], stem: str, config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         plain.__init__(self, config, *args, **kwargs)
-        give_streams(self, shapes=None)
+        give_streams(self)
         for module in self.base_model.modules():
             self.base_model.init_stream_parameters(module)
 

@@ -4,13 +4,13 @@ Knows which models can have streams, by running one batch and looking which atte
 attention interface; refuses the others before anything is changed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -20,14 +20,11 @@ from parscale.config import PREFIX_SHAPES, StreamsConfig
 from parscale.errors import InputError
 from parscale.streams.attention import SUPPORTED, inner_attention
 from parscale.streams.backbone import StreamsForCausalLM, check_attention
-from parscale.streams.diversify import embedding, prefix
-from parscale.streams.diversify.prefix import LayerStatistics
+from parscale.streams.diversify import prefix, protocol
+from parscale.streams.diversify.calibration import Calibration, LayerStatistics, evaluating
 from parscale.streams.families import give_streams, register_family
 
 RECORD = "parscale-record|"
-NEAR_IDENTITY_NATS = 1e-3
-"""What a near-identity start may cost: mean KL divergence from the plain model's predictions, in nats per token."""
-NEAR_IDENTITY_LOGITS = (-2.0, -4.0, -6.0, -8.0, -12.0, -16.0, -24.0, -32.0)
 
 
 def parallelize(
@@ -37,8 +34,9 @@ def parallelize(
 
     Touches: the classes of the model, its backbone and its config (each becomes a subclass of itself); the attention
     implementation (its tagged twin); `config.model_type` and the `parscale…` entries. Adds: `prefix_k`, `prefix_v` to
-    every attention module, `aggregate_layer` and, if asked for, `stream_embedding` to the backbone. No existing
-    parameter is changed or renamed. Random draws come from torch's global generator.
+    every attention module, `aggregate_layer` to the backbone and, if asked for, `stream_embedding` there, and
+    `stream_lora_a|b`, `stream_scale_in|out` with their forward hooks to every projection of the hidden state. No
+    existing parameter is changed or renamed. Random draws come from torch's global generator.
 
     Args:
         model: any decoder from transformers whose attention goes through its `AttentionInterface`.
@@ -57,35 +55,28 @@ def parallelize(
     config = config or StreamsConfig()
     implementation = check_model(model)
     ids = _calibration_ids(model) if calibration is None else calibration.to(model.device)
-    statistics, plain = record_attention(model, implementation, ids)
-    if config.has_prefix and not statistics:
-        raise InputError(
-            f"{type(model).__name__}: its attention layers do not go through transformers' AttentionInterface, so they "
-            "cannot carry a prefix; use a family that does (llama, qwen2, qwen3, mistral, phi3, gemma, gpt2, ...)"
-        )
+    recorded = record_attention(model, implementation, ids)
+    diversifiers = protocol.chosen(config)
+    for diversifier in diversifiers:
+        diversifier.check(model, recorded)
     config_class, model_class = register_family(model.config.model_type)
-    _rewrite_config(model, config, config_class, statistics)
+    _rewrite_config(model, config, config_class, recorded.layers)
     model.__class__ = model_class
-    give_streams(model, {name: layer.shape for name, layer in statistics.items()})
+    give_streams(model)
     if config.has_prefix:
         model.config._attn_implementation = check_attention(model, implementation)
-    _initialise(model, config, statistics, ids, plain)
+    for diversifier in reversed(diversifiers):  # the prefix is last: its near-identity start measures the whole model
+        diversifier.init(model, recorded)
     return model
 
 
-def record_attention(
-    model: PreTrainedModel, implementation: str, ids: Int[Tensor, "b t"]
-) -> tuple[dict[str, LayerStatistics], Float[Tensor, "b t v"]]:
-    """Run one batch through the plain model and describe the keys and values that each attention module attends with.
-
-    Returns:
-        Attention module name, within the backbone → statistics (empty if no module reaches the attention interface);
-        and the model's logits.
-    """
+def record_attention(model: PreTrainedModel, implementation: str, ids: Int[Tensor, "b t"]) -> Calibration:
+    """Run one batch through the plain model and describe what each attention module attends with."""
     seen: dict[nn.Module, LayerStatistics] = {}
-    with _recording(model, implementation, seen), _evaluating(model):
+    with _recording(model, implementation, seen), evaluating(model):
         logits = model(input_ids=ids, use_cache=False).logits
-    return {name: seen[module] for name, module in model.base_model.named_modules() if module in seen}, logits
+    layers = {name: seen[module] for name, module in model.base_model.named_modules() if module in seen}
+    return Calibration(ids, logits, layers)
 
 
 def check_model(model: Any) -> str:
@@ -110,7 +101,7 @@ def check_model(model: Any) -> str:
 
 
 def _rewrite_config(
-    model: PreTrainedModel, config: StreamsConfig, config_class: type, statistics: dict[str, LayerStatistics]
+    model: PreTrainedModel, config: StreamsConfig, config_class: type, statistics: Mapping[str, LayerStatistics]
 ) -> None:
     model.config.__class__ = config_class
     for key, value in ({"parscale": None} | config.to_json()).items():
@@ -119,50 +110,6 @@ def _rewrite_config(
     if config.has_prefix and shapes != prefix.shapes_from_config(model):
         listed = {name: list(shape) for name, shape in shapes.items()}
         model.config.parscale = (model.config.parscale or {}) | {PREFIX_SHAPES: listed}
-
-
-def _initialise(
-    model: Any,
-    config: StreamsConfig,
-    statistics: dict[str, LayerStatistics],
-    ids: Tensor,
-    plain: Tensor,
-) -> None:
-    backbone = model.base_model
-    if config.has_embedding:
-        embedding.init(backbone, scale=0.01 if config.prefix_init == "near_identity" else 1.0)
-    layers = prefix.modules_with_prefix(backbone)
-    if config.prefix_init == "near_identity" and layers:
-        _start_near_identity(model, layers, statistics, ids, plain)
-        return
-    for name, module in layers.items():
-        prefix.init_normal(module, statistics[name])
-    if config.prefix_init == "reparameterized" and layers:
-        width = model.get_input_embeddings().embedding_dim
-        generator = prefix.PrefixGenerator(layers.values(), config.streams, config.prefix_tokens, width)
-        generator.match({layers[name].layer_idx: layer for name, layer in statistics.items()})
-        backbone.prefix_generator = generator.to(device=model.device, dtype=model.dtype)
-        backbone.write_generated_prefixes()
-
-
-@torch.no_grad()
-def _start_near_identity(
-    model: Any,
-    layers: dict[str, nn.Module],
-    statistics: dict[str, LayerStatistics],
-    ids: Tensor,
-    plain: Float[Tensor, "b t v"],
-) -> None:
-    """The least negative attention logit whose prefixes stay within `NEAR_IDENTITY_NATS` of the plain model's
-    predictions: a prefix that drew no attention at all would get no gradient either."""
-    expected = plain.float().log_softmax(-1)
-    for logit in NEAR_IDENTITY_LOGITS:
-        for name, module in layers.items():
-            prefix.init_near_identity(module, statistics[name], logit)
-        with _evaluating(model):
-            predicted = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        if (expected.exp() * (expected - predicted)).sum(-1).mean() <= NEAR_IDENTITY_NATS:
-            return
 
 
 def _calibration_ids(model: PreTrainedModel) -> Tensor:
@@ -182,17 +129,6 @@ def _recording(model: PreTrainedModel, implementation: str, seen: dict[nn.Module
     finally:
         model.config._attn_implementation = implementation
         del ALL_ATTENTION_FUNCTIONS[name]
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _record(

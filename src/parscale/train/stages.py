@@ -11,10 +11,9 @@ from typing import Any, Literal
 from torch import nn
 
 from parscale.errors import InputError
+from parscale.streams.tensors import belongs_to_streams
 
 Stage = Literal["pretrain", "retrofit", "frozen"]
-
-DIVERSIFIER_NAMES = ("prefix_k", "prefix_v", "stream_embedding")
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,9 @@ class Rates:
             raise InputError("learning_rate=0 and stream_learning_rate=0: nothing would train; give one above 0")
 
 
-def belongs_to_streams(name: str) -> bool:
-    """Whether a parameter was added by `parallelize`, told by its name in the model."""
-    return is_diversifier(name) or ".aggregate_layer." in f".{name}"
-
-
 def is_diversifier(name: str) -> bool:
-    """Whether a parameter is one that tells the streams apart: a prefix, what generates it, or a stream's vector."""
-    return name.rsplit(".", 1)[-1] in DIVERSIFIER_NAMES or "prefix_generator." in name
+    """Whether a parameter is one that tells the streams apart: all that `parallelize` added, but the head."""
+    return belongs_to_streams(name) and "aggregate_layer" not in name.split(".")
 
 
 def freeze_backbone(model: nn.Module, stage: Stage) -> None:

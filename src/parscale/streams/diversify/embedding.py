@@ -3,26 +3,51 @@
 Not in the paper. It lives at `<backbone>.stream_embedding`, shape (P, d).
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import initialization
 
+from parscale.streams.attention import StreamState
+from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import split
-
-
-def attach(backbone: nn.Module, streams: int, hidden_size: int, **factory: object) -> None:
-    """Give the backbone its vectors, uninitialised."""
-    backbone.stream_embedding = nn.Parameter(torch.empty(streams, hidden_size, **factory))
-
-
-@torch.no_grad()
-def init(backbone: nn.Module, scale: float) -> None:
-    """Random directions; `scale` 1 makes the vectors as long as a typical token embedding."""
-    std = scale * backbone.get_input_embeddings().weight.float().std()
-    backbone.stream_embedding.normal_().mul_(std.to(backbone.stream_embedding))
 
 
 def add(embeddings: Float[Tensor, "pb t d"], vectors: Float[Tensor, "p d"], active: int) -> Float[Tensor, "pb t d"]:
     """Add each active stream's vector to the embeddings of its rows."""
     chosen = vectors[:active, None, None].to(embeddings.dtype)  # (p, 1, 1, d)
     return (split(embeddings, active) + chosen).flatten(0, 1)
+
+
+def check(model: Any, calibration: Calibration) -> None:
+    """Every model has token embeddings."""
+
+
+def attach(model: Any, state: StreamState) -> None:
+    """Give the backbone its vectors, uninitialised."""
+    tokens = model.get_input_embeddings()
+    place = {"device": next(model.base_model.parameters()).device, "dtype": model.dtype}
+    model.base_model.stream_embedding = nn.Parameter(torch.empty(state.config.streams, tokens.embedding_dim, **place))
+
+
+def detach(model: Any) -> None:
+    """Take the vectors away."""
+    if hasattr(model.base_model, "stream_embedding"):
+        del model.base_model.stream_embedding
+
+
+@torch.no_grad()
+def init(model: Any, calibration: Calibration) -> None:
+    """Random directions, as long as a typical token embedding; a hundredth of that for a near-identity start."""
+    backbone = model.base_model
+    scale = 0.01 if backbone.stream_state.config.prefix_init == "near_identity" else 1.0
+    std = scale * backbone.get_input_embeddings().weight.float().std()
+    backbone.stream_embedding.normal_().mul_(std.to(backbone.stream_embedding))
+
+
+def reset(module: nn.Module, std: float) -> None:
+    """Random directions, as long as a fresh token embedding."""
+    if isinstance(vectors := getattr(module, "stream_embedding", None), nn.Parameter):
+        initialization.normal_(vectors, std=std)

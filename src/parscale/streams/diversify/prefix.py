@@ -4,37 +4,22 @@ Knows where the prefix tensors live (`<attention module>.prefix_k|prefix_v`, sha
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import initialization
 
 from parscale.config import PREFIX_SHAPES
+from parscale.errors import InputError
 from parscale.streams.attention import StreamState
+from parscale.streams.diversify.calibration import Calibration, LayerStatistics, evaluating
 
+NEAR_IDENTITY_NATS = 1e-3
+"""What a near-identity start may cost: mean KL divergence from the plain model's predictions, in nats per token."""
+NEAR_IDENTITY_LOGITS = (-2.0, -4.0, -6.0, -8.0, -12.0, -16.0, -24.0, -32.0)
 Shape = tuple[int, int, int]
 """Hk, Dk, Dv: key/value heads, size of a key, size of a value."""
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What one attention module attends with on a calibration batch, heads apart; keys and queries after RoPE.
-
-    queries: (Hk, N, Dk), the query tokens of all heads that share a key/value head.
-    """
-
-    key_mean: Float[Tensor, "hk dk"]
-    key_std: Float[Tensor, "hk dk"]
-    value_mean: Float[Tensor, "hk dv"]
-    value_std: Float[Tensor, "hk dv"]
-    queries: Float[Tensor, "hk tokens dk"]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(Hk, Dk, Dv): key/value heads, size of a key, size of a value."""
-        return (*self.key_mean.shape, self.value_mean.shape[1])
 
 
 def shapes_from_config(model: Any) -> dict[str, Shape]:
@@ -52,23 +37,65 @@ def shapes_from_config(model: Any) -> dict[str, Shape]:
     }
 
 
-def attach(
-    module: nn.Module, state: StreamState, streams: int, tokens: int, shape: tuple[int, int, int], **factory: object
-) -> None:
-    """Give an attention module its bank, uninitialised: `prefix_k` (P, Hk, n, Dk) and `prefix_v` (P, Hk, n, Dv)."""
-    heads, key_size, value_size = shape
-    module.stream_state = state
-    module.prefix_k = nn.Parameter(torch.empty(streams, heads, tokens, key_size, **factory))
-    module.prefix_v = nn.Parameter(torch.empty(streams, heads, tokens, value_size, **factory))
+def check(model: Any, calibration: Calibration) -> None:
+    """The model's attention has to go through transformers' attention interface."""
+    if not calibration.layers:
+        raise InputError(
+            f"{type(model).__name__}: its attention layers do not go through transformers' AttentionInterface, so they "
+            "cannot carry a prefix; use a family that does (llama, qwen2, qwen3, mistral, phi3, gemma, gpt2, ...)"
+        )
 
 
-def modules_with_prefix(model: nn.Module) -> dict[str, nn.Module]:
+def attach(model: Any, state: StreamState) -> None:
+    """Give every attention module its bank, uninitialised: `prefix_k` (P, Hk, n, Dk) and `prefix_v` (P, Hk, n, Dv)."""
+    streams, tokens = state.config.streams, state.config.prefix_tokens
+    for name, (heads, key_size, value_size) in shapes_from_config(model).items():
+        module = model.base_model.get_submodule(name)
+        place = {"device": next(module.parameters()).device, "dtype": model.dtype}
+        module.stream_state = state
+        module.prefix_k = nn.Parameter(torch.empty(streams, heads, tokens, key_size, **place))
+        module.prefix_v = nn.Parameter(torch.empty(streams, heads, tokens, value_size, **place))
+
+
+def detach(model: Any) -> None:
+    """Take the banks away."""
+    for module in modules_with_prefix(model).values():
+        del module.prefix_k, module.prefix_v
+
+
+@torch.no_grad()
+def init(model: Any, calibration: Calibration) -> None:
+    """Start as `prefix_init` says."""
+    backbone = model.base_model
+    settings = backbone.stream_state.config
+    layers = modules_with_prefix(backbone)
+    if settings.prefix_init == "near_identity":
+        _start_near_identity(model, layers, calibration)
+        return
+    for name, module in layers.items():
+        init_normal(module, calibration.layers[name])
+    if settings.prefix_init == "reparameterized":
+        width = model.get_input_embeddings().embedding_dim
+        generator = PrefixGenerator(layers.values(), settings.streams, settings.prefix_tokens, width)
+        generator.match({layers[name].layer_idx: layer for name, layer in calibration.layers.items()})
+        backbone.prefix_generator = generator.to(device=model.device, dtype=model.dtype)
+        backbone.write_generated_prefixes()
+
+
+def reset(module: nn.Module, std: float) -> None:
+    """Keys and values as spread as fresh weights."""
+    for name in ("prefix_k", "prefix_v"):
+        if isinstance(bank := getattr(module, name, None), nn.Parameter):
+            initialization.normal_(bank, std=std)
+
+
+def modules_with_prefix(model: nn.Module) -> dict[str, Any]:
     """Name → attention module, for all that carry a prefix, in the model's order."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "prefix_k")}
 
 
 @torch.no_grad()
-def init_normal(module: nn.Module, statistics: LayerStatistics) -> None:
+def init_normal(module: Any, statistics: LayerStatistics) -> None:
     """Every prefix token looks like one of the layer's own: N(mean, std) of its keys and values, per head and channel.
 
     A fixed std such as 0.02 is far below what trained keys have: the streams would start alike, and stay so.
@@ -81,7 +108,7 @@ def init_normal(module: nn.Module, statistics: LayerStatistics) -> None:
 
 
 @torch.no_grad()
-def init_near_identity(module: nn.Module, statistics: LayerStatistics, logit: float) -> None:
+def init_near_identity(module: Any, statistics: LayerStatistics, logit: float) -> None:
     """Values zero; keys that every query of the calibration batch scores at about `logit` (negative), plus a little
     noise that tells the streams apart. The attention that a prefix draws then only shrinks the rest by a hair.
 
@@ -99,6 +126,19 @@ def init_near_identity(module: nn.Module, statistics: LayerStatistics, logit: fl
     module.prefix_v.zero_()
 
 
+def _start_near_identity(model: Any, layers: dict[str, Any], calibration: Calibration) -> None:
+    """The least negative attention logit whose prefixes stay within `NEAR_IDENTITY_NATS` of the plain model's
+    predictions: a prefix that drew no attention at all would get no gradient either."""
+    expected = calibration.logits.float().log_softmax(-1)
+    for logit in NEAR_IDENTITY_LOGITS:
+        for name, module in layers.items():
+            init_near_identity(module, calibration.layers[name], logit)
+        with evaluating(model):
+            predicted = model(input_ids=calibration.ids, use_cache=False).logits.float().log_softmax(-1)
+        if (expected.exp() * (expected - predicted)).sum(-1).mean() <= NEAR_IDENTITY_NATS:
+            return
+
+
 class PrefixGenerator(nn.Module):
     """Makes all layers' prefixes during training: learned vectors → Tanh MLP → keys and values (paper, supplement).
 
@@ -112,7 +152,7 @@ class PrefixGenerator(nn.Module):
         width: size of the learned vectors and of the hidden layer.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], streams: int, tokens: int, width: int) -> None:
+    def __init__(self, layers: Iterable[Any], streams: int, tokens: int, width: int) -> None:
         super().__init__()
         self.shapes = {m.layer_idx: (m.prefix_k.shape[1], m.prefix_k.shape[3], m.prefix_v.shape[3]) for m in layers}
         self.vectors = nn.Parameter(torch.randn(streams, tokens, width))

@@ -1,0 +1,69 @@
+"""A low-rank update of the projections per stream: W_p = W + A_p·B_p, rank r (LoRA, arXiv 2106.09685, one per stream).
+
+Not in the paper. On every projection that reads the hidden state lie `stream_lora_a` (P, in, r) and `stream_lora_b`
+(P, r, out). The P updates of an input are two batched products; P weights are never made.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import initialization
+
+from parscale.streams.attention import StreamState
+from parscale.streams.diversify import projections
+from parscale.streams.diversify.calibration import Calibration
+from parscale.streams.order import split
+
+
+def update(
+    x: Float[Tensor, "pb ... i"], a: Float[Tensor, "p i r"], b: Float[Tensor, "p r o"]
+) -> Float[Tensor, "pb ... o"]:
+    """x_p·A_p·B_p for the rows of every stream."""
+    rows = split(x, a.shape[0]).flatten(1, -2)  # (p, B·T, in)
+    return (rows @ a.to(x.dtype) @ b.to(x.dtype)).view(*x.shape[:-1], -1)
+
+
+def check(model: Any, calibration: Calibration) -> None:
+    """The model needs projections of the hidden state."""
+    projections.find(model)
+
+
+def attach(model: Any, state: StreamState) -> None:
+    """Give every projection its factors, uninitialised, and the hook that uses them."""
+    streams, rank = state.config.streams, state.config.lora_rank
+    for projection in projections.find(model).values():
+        (size_in, size_out), place = projections.sizes(projection), projections.place_of(projection, model)
+        projection.stream_state = state
+        projection.stream_lora_a = nn.Parameter(torch.empty(streams, size_in, rank, **place))
+        projection.stream_lora_b = nn.Parameter(torch.empty(streams, rank, size_out, **place))
+        projection.stream_lora_hook = projection.register_forward_hook(_add_update)
+
+
+def detach(model: Any) -> None:
+    """Take the factors and the hooks away."""
+    for module in model.base_model.modules():
+        if hasattr(module, "stream_lora_a"):
+            module.stream_lora_hook.remove()
+            del module.stream_lora_a, module.stream_lora_b, module.stream_lora_hook
+
+
+@torch.no_grad()
+def init(model: Any, calibration: Calibration) -> None:
+    """Random A, zero B: the model's own predictions at step 0, and another gradient for every stream's B."""
+    for module in model.base_model.modules():
+        reset(module, std=0)
+
+
+def reset(module: Any, std: float) -> None:
+    """A ~ N(0, 1/in), B = 0, as in LoRA."""
+    if isinstance(a := getattr(module, "stream_lora_a", None), nn.Parameter):
+        initialization.normal_(a, std=a.shape[1] ** -0.5)
+        initialization.zeros_(module.stream_lora_b)
+
+
+def _add_update(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    active = module.stream_state.active
+    added = update(args[0], module.stream_lora_a[:active], module.stream_lora_b[:active])
+    return output + added.to(output.dtype)

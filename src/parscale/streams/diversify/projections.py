@@ -1,0 +1,62 @@
+"""Which projections of a model carry parameters of their own for every stream: all that read the hidden state.
+
+Those are queries, keys and values, and the first half of the MLP, fused or not. They are found by structure: a linear
+module inside a decoder layer, as wide at its input as the hidden state, that neither routes nor is one of many experts
+(its rows would be the tokens routed to it, in no order of streams), nor projects back into the hidden state.
+"""
+
+from itertools import chain
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from parscale.errors import InputError
+
+_BACK_TO_HIDDEN = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "wo", "w2", "fc2", "fc_out")
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+def find(model: Any) -> dict[str, Any]:
+    """Name within the backbone → projection, in the model's order.
+
+    Raises:
+        InputError: there are none.
+    """
+    backbone, hidden_size = model.base_model, model.config.hidden_size
+    found = {
+        f"{layer_name}.{name}": module
+        for layer_name, layer in backbone.named_modules()
+        if isinstance(layer, GradientCheckpointingLayer)
+        for name, module in layer.named_modules()
+        if _reads_hidden_state(name.split("."), module, hidden_size)
+    }
+    if not found:
+        raise InputError(
+            f"{type(model).__name__}: none of its decoder layers has a linear projection of the hidden state "
+            f"({hidden_size} features), so 'lora' and 'rank1' cannot be in diversify; use 'prefix' or 'embedding'"
+        )
+    return found
+
+
+def sizes(projection: Any) -> tuple[int, int]:
+    """Features that a projection takes and gives. A quantised one tells them as nn.Linear does."""
+    if isinstance(projection, Conv1D):
+        return projection.nx, projection.nf
+    return projection.in_features, projection.out_features
+
+
+def place_of(projection: nn.Module, model: Any) -> dict[str, Any]:
+    """Device and dtype of parameters beside a projection: the model's dtype, for its own weights may be quantised."""
+    return {"device": next(chain(projection.parameters(), projection.buffers())).device, "dtype": model.dtype}
+
+
+def _reads_hidden_state(path: list[str], module: nn.Module, hidden_size: int) -> bool:
+    linear = isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+    return (
+        linear
+        and sizes(module)[0] == hidden_size
+        and path[-1] not in _BACK_TO_HIDDEN + _ROUTERS
+        and "experts" not in path
+    )
