@@ -48,15 +48,13 @@ class StreamState:
         return self.__dict__ | {"generated": {}}  # tensors inside a graph can be neither copied nor pickled
 
 
-def prefix_of(module: nn.Module, streams: int | None = None) -> tuple[Tensor, Tensor] | None:
-    """The prefix of one attention module, (p, H, n, Dk) and (p, H, n, Dv), of the first `streams` or else the active
-    streams; None if it has none."""
+def prefix_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """The active streams' prefix of one attention module, (p, H, n, Dk) and (p, H, n, Dv); None if it has none."""
     if getattr(module, "prefix_k", None) is None:
         return None
     state = module.stream_state
-    active = state.active if streams is None else streams
     keys, values = state.generated.get(module.layer_idx) or (module.prefix_k, module.prefix_v)
-    return keys[:active], values[:active]
+    return keys[: state.active], values[: state.active]
 
 
 def attend(
@@ -76,7 +74,7 @@ def attend(
     paged = kwargs.pop("cache", None)
     if paged is not None:  # updated here: the inner function would write the prefix into it with the rest
         key, value = paged.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-    prefix = prefix_of(module, None if paged is None else paged.streams)
+    prefix = prefix_of(module)
     if prefix is None:
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
     prefix_k, prefix_v = prefix[0].to(key.dtype), prefix[1].to(value.dtype)

@@ -76,8 +76,7 @@ class StreamsBackbone(_CarriesPrefix):
             position_ids = _positions(attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
         if self.prefix_generator is not None:
             self.stream_state.generated = self.prefix_generator()
-        paged = kwargs.get("cache")
-        p = self.stream_state.active if paged is None else paged.streams
+        p = self.stream_state.active
         if settings.has_embedding:
             vectors = self.stream_embedding
             embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds

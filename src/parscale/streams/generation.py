@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parscale.errors import InputError
 from parscale.streams.order import reorder
-from parscale.streams.paged import FoldedModel
+from parscale.streams.paged import KEPT, FoldedModel
 
 
 class StreamsGeneration:
@@ -44,7 +44,8 @@ class StreamsGeneration:
             InputError: not an integer from 1 to P.
         """
         shared = [*self.parameters(), *self.buffers(), self.base_model.stream_adapters]  # type: ignore[attr-defined]
-        other = copy.deepcopy(self, {id(one): one for one in shared})
+        kept = getattr(self, KEPT, None)
+        other = copy.deepcopy(self, {id(one): one for one in shared} | {id(kept): None})
         other.set_streams(streams)
         return other
 
@@ -79,13 +80,14 @@ class StreamsGeneration:
         """
         if self.base_model.stream_state.config.is_plain:
             return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
-        kept = getattr(self, "_cached_continuous_batching_manager", None)
+        kept = getattr(self, KEPT, None)
         if kept is not None and kept.model.streams != self.streams:
             raise InputError(
                 f"streams={self.streams}: the batching manager kept from before runs {kept.model.streams}; call "
                 "destroy_cached_continuous_batching_manager() first"
             )
-        return FoldedModel(self, self.streams).init_continuous_batching(*args, **kwargs)
+        folded = FoldedModel(self, self.with_streams(self.streams)) if kept is None else kept.model
+        return folded.init_continuous_batching(*args, **kwargs)
 
     @contextmanager
     def _running(self, streams: int | None) -> Iterator[None]:

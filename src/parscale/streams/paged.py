@@ -18,13 +18,12 @@ from parscale.streams.attention import TAG
 from parscale.streams.diversify.prefix import shapes_from_config
 from parscale.streams.order import fold_into_heads, unfold_from_heads
 
+KEPT = "_cached_continuous_batching_manager"
+"""Where transformers keeps a manager that was asked to stay."""
+
 
 class FoldedCache(PagedAttentionCache):
-    """A paged cache of P × H heads that takes and gives P rows of H heads. Only `update` is ever called on it.
-
-    Attributes:
-        streams: p. A step runs as many streams as its cache was made for, whatever `set_streams` says meanwhile.
-    """
+    """A paged cache of P × H heads that takes and gives P rows of H heads. Only `update` is ever called on it."""
 
     def __init__(self, inner: PagedAttentionCache, streams: int) -> None:
         self.inner = inner
@@ -49,8 +48,8 @@ class FoldedModel(ContinuousMixin):
     times the heads; all else is the model's own.
 
     Args:
-        model: a causal LM with streams.
-        streams: p, for all requests of one manager. Managers of one model may differ.
+        origin: the user's model, on which a manager is kept if that is asked for.
+        model: one of the same weights with a p of its own: managers of one model may differ, each in its thread.
 
     Raises:
         InputError: layers whose keys and values a paged cache cannot hold, or an attention implementation that it
@@ -59,18 +58,17 @@ class FoldedModel(ContinuousMixin):
 
     _supports_flash_attn = False  # its kernels read the paged cache themselves, without the prefix
 
-    def __init__(self, model: Any, streams: int) -> None:
-        config = _folded_config(model, streams)
-        self.__dict__.update(model=model, streams=streams, config=config)
+    def __init__(self, origin: Any, model: Any) -> None:
+        self.__dict__.update(origin=origin, model=model, config=_folded_config(model))
 
     def __call__(self, *, cache: PagedAttentionCache, **inputs: Any) -> Any:
-        return self.model(cache=FoldedCache(cache, self.streams), **inputs)
+        return self.model(cache=FoldedCache(cache, self.model.streams), **inputs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+        return getattr(self.origin if name == KEPT else self.model, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.model, name, value)  # a manager that is kept for later must be found on the model
+        setattr(self.origin if name == KEPT else self.model, name, value)
 
     def eval(self) -> "FoldedModel":
         """Put the model in evaluation mode."""
@@ -78,8 +76,8 @@ class FoldedModel(ContinuousMixin):
         return self
 
 
-def _folded_config(model: Any, streams: int) -> Any:
-    config = copy.deepcopy(model.config.get_text_config())
+def _folded_config(model: Any) -> Any:
+    streams, config = model.streams, copy.deepcopy(model.config.get_text_config())
     asked = config._attn_implementation
     if asked.removeprefix(TAG) not in ("sdpa", "eager") or asked == "eager":  # plain eager would ignore a paged cache
         raise InputError(
