@@ -5,6 +5,7 @@
 
 import json
 import shutil
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -195,24 +196,27 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
     model = _model(config, data)
     freeze_backbone(model, config.stage)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.17 knows only the second name; later ones warn of it
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     validation = data.validation.select(range(min(len(data.validation), config.validation_blocks)))
     tokens_per_step = config.batch_size * data.block_size
     steps = max(1, (config.tokens or data.train_tokens) // tokens_per_step)
-    trainer = StreamsTrainer(
-        model=model,
-        args=_arguments(config, steps),
-        train_dataset=data.train,
-        eval_dataset=validation,
-        data_collator=default_data_collator,
-        rates=config.rates,
-        watch=torch.as_tensor(validation[:4]["input_ids"]),
-    )
-    trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
-    start_loss = trainer.evaluate()["eval_loss"]
-    trainer.add_callback(ProgressBar(title or f"{config.stage} P={_streams(model)}", tokens_per_step))
-    trainer.train()
+    with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder, though nothing is saved there
+        trainer = StreamsTrainer(
+            model=model,
+            args=_arguments(config, steps, scratch),
+            train_dataset=data.train,
+            eval_dataset=validation,
+            data_collator=default_data_collator,
+            rates=config.rates,
+            watch=torch.as_tensor(validation[:4]["input_ids"]),
+        )
+        trainer.remove_callback(PrinterCallback)
+        start_loss = trainer.evaluate()["eval_loss"]
+        trainer.add_callback(ProgressBar(title or f"{config.stage} P={_streams(model)}", tokens_per_step))
+        trainer.train()
     history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
     seen = trainer.probe()
     result = TrainResult(
@@ -296,10 +300,10 @@ def _model(config: TrainConfig, data: PackedText) -> PreTrainedModel:
     return parallelize(model, config.streams, calibration=calibration)
 
 
-def _arguments(config: TrainConfig, steps: int) -> TrainingArguments:
+def _arguments(config: TrainConfig, steps: int, folder: str) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
-        output_dir=str(config.output.with_name(f".{config.output.name}.trainer")),
+        output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,

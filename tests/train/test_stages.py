@@ -1,0 +1,70 @@
+"""What each stage trains, and at which rate."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import parscale
+from parscale.errors import InputError
+from parscale.train.stages import Rates, count_stream_parameters, freeze_backbone, is_diversifier, parameter_groups
+
+
+@pytest.fixture
+def model():
+    config = Qwen2Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    plain = AutoModelForCausalLM.from_config(config)
+    return parscale.parallelize(plain, parscale.StreamsConfig(2, 4, diversify=("prefix", "embedding")))
+
+
+def test_frozen_allocates_no_gradient_for_the_backbone(model) -> None:
+    freeze_backbone(model, "frozen")
+    ids = torch.randint(0, 64, (2, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        added = any(part in name for part in ("prefix_", "stream_embedding", "aggregate_layer"))
+        assert (parameter.grad is not None) == added, name
+
+
+def test_retrofit_trains_everything(model) -> None:
+    freeze_backbone(model, "frozen")
+    freeze_backbone(model, "retrofit")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_frozen_without_streams_is_refused() -> None:
+    plain = AutoModelForCausalLM.from_config(Qwen2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(InputError, match="nothing would train"):
+        freeze_backbone(plain, "frozen")
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_of_the_backbone_decay(model) -> None:
+    groups = {group["name"]: group for group in parameter_groups(model, Rates(1e-3, 1e-2, 0.1))}
+    grouped = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    assert groups["streams"]["lr"] == 1e-2
+    assert groups["streams"]["weight_decay"] == groups["head"]["weight_decay"] == 0
+    assert groups["backbone"]["weight_decay"] == 0.1
+    in_streams = {id(p) for p in groups["streams"]["params"]}
+    assert in_streams == {id(p) for name, p in model.named_parameters() if is_diversifier(name)}
+    assert all(p.ndim > 1 for p in groups["backbone"]["params"])
+
+
+def test_stream_parameters_are_what_the_paper_counts(model) -> None:
+    # prefixes: 2 (k and v) · P · layers · kv heads · n · head size; head: P·d·d + d + d·P + P; vectors: P·d
+    prefixes, head, vectors = 2 * 2 * 2 * 2 * 4 * 16, 2 * 32 * 32 + 32 + 32 * 2 + 2, 2 * 32
+    assert count_stream_parameters(model) == prefixes + head + vectors
+
+
+@pytest.mark.parametrize("rates", [(0.0, 0.0, 0.1), (-1e-3, 1e-3, 0.1), (1e-3, float("nan"), 0.1)])
+def test_rates_that_train_nothing_or_diverge_are_refused(rates) -> None:
+    with pytest.raises(InputError, match="learning_rate"):
+        Rates(*rates)
