@@ -53,10 +53,15 @@ def detach(model: Any) -> None:
 def init(model: Any, calibration: Calibration) -> None:
     """Random A, zero B: the model's own predictions at step 0, and another gradient for every stream's B."""
     for module in model.base_model.modules():
-        reset(module, std=0)
+        _start(module)
 
 
-def reset(module: Any, std: float) -> None:
+def reset(module: nn.Module, std: float) -> None:
+    """Random A, zero B."""
+    _start(module)
+
+
+def _start(module: Any) -> None:
     """A ~ N(0, 1/in), B = 0, as in LoRA."""
     if isinstance(a := getattr(module, "stream_lora_a", None), nn.Parameter):
         initialization.normal_(a, std=a.shape[1] ** -0.5)
