@@ -1,0 +1,117 @@
+"""Dynamic P: fewer streams from the same weights, between calls, for one call, and side by side in one process."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from parscale import InputError
+from tests.generate.conftest import CONTEXT, build, greedy, uncached, with_streams
+
+
+@pytest.fixture
+def model() -> Any:
+    return with_streams(build())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("streams", [1, 2, 3, 4])
+def test_p_for_one_call(model: Any, ids: Tensor, streams: int) -> None:
+    narrow = with_streams(build())
+    narrow.set_streams(streams)
+    assert torch.equal(greedy(model, ids, streams=streams), uncached(narrow, ids))
+    assert model.streams == 4
+    assert torch.equal(greedy(model, ids), uncached(model, ids))
+
+
+def test_fewer_streams_are_another_model(model: Any, ids: Tensor) -> None:
+    outputs = [greedy(model, ids, streams=streams) for streams in (1, 2, 3, 4)]
+    assert len({tuple(made.flatten().tolist()) for made in outputs}) == 4
+
+
+def test_p_comes_back_after_an_error(model: Any, ids: Tensor) -> None:
+    class Fails(StoppingCriteria):
+        def __call__(self, *_: Any, **__: Any) -> Any:
+            assert model.streams == 2
+            raise RuntimeError("stopped")
+
+    model.set_streams(3)
+    with pytest.raises(RuntimeError, match="stopped"):
+        greedy(model, ids, streams=2, stopping_criteria=[Fails()])
+    assert model.streams == 3
+
+
+@pytest.mark.parametrize("streams", [0, 5, -1, True])
+def test_a_p_that_was_not_trained_is_refused(model: Any, ids: Tensor, streams: Any) -> None:
+    for call in (
+        lambda: model.set_streams(streams),
+        lambda: model.with_streams(streams),
+        lambda: greedy(model, ids, streams=streams),
+        lambda: model.generate_batch([[3, 4]], streams=streams),
+    ):
+        with pytest.raises(InputError, match=r"streams=.*has 4.*1 to 4"):
+            call()
+    assert model.streams == 4
+
+
+def test_a_second_width_shares_every_weight(model: Any, ids: Tensor) -> None:
+    narrow = model.with_streams(2)
+    assert (model.streams, narrow.streams) == (4, 2)
+    ours, theirs = dict(model.named_parameters()), dict(narrow.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(theirs[name] is parameter for name, parameter in ours.items())
+    assert torch.equal(greedy(narrow, ids), greedy(model, ids, streams=2))
+    narrow.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "parscale|sdpa"
+
+
+def test_two_widths_in_two_threads(model: Any, ids: Tensor) -> None:
+    """Requests at different P in one process: a model object for each p, one set of weights."""
+    widths = {p: model.with_streams(p) for p in (1, 2, 3)}
+    made: dict[int, Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda p=p, m=m: made.update({p: greedy(m, ids, max_new_tokens=24)}))
+        for p, m in widths.items()
+    ]
+    for thread in threads:
+        thread.start()
+    expected = greedy(model, ids, max_new_tokens=24)
+    for thread in threads:
+        thread.join()
+    assert torch.equal(expected, uncached(model, ids, new=24))
+    for p, tokens in made.items():
+        assert torch.equal(tokens, uncached(widths[p], ids, new=24))
+    assert made.keys() == widths.keys()
+
+
+def test_requests_at_different_p_by_regrouping(model: Any, ids: Tensor) -> None:
+    """The recipe of docs/generate.md: one batch for each p."""
+    asked = [4, 1, 4]
+    answers: dict[int, Tensor] = {}
+    for p in sorted(set(asked)):
+        rows = [i for i, streams in enumerate(asked) if streams == p]
+        answers |= dict(zip(rows, greedy(model, ids[rows], streams=p), strict=True))
+    for i, p in enumerate(asked):
+        assert torch.equal(answers[i][None], uncached(model.with_streams(p), ids[i : i + 1]))
+
+
+@pytest.mark.parametrize("by", ["ids", "keyword", "embeddings", "batch"])
+def test_a_prompt_longer_than_the_context_is_refused(model: Any, by: str) -> None:
+    tokens = torch.ones(1, CONTEXT + 1, dtype=torch.long)
+    calls = {
+        "ids": lambda: model.generate(tokens),
+        "keyword": lambda: model.generate(input_ids=tokens),
+        "embeddings": lambda: model.generate(inputs_embeds=model.get_input_embeddings()(tokens)),
+        "batch": lambda: model.generate_batch(tokens.tolist()),
+    }
+    with pytest.raises(InputError, match=f"{CONTEXT + 1} tokens.*at most {CONTEXT}"):
+        calls[by]()
+
+
+def test_a_rope_that_stretches_may_go_beyond() -> None:
+    scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    model = with_streams(build(rope_parameters=scaling))
+    assert greedy(model, torch.ones(1, CONTEXT + 1, dtype=torch.long)).shape == (1, CONTEXT + 9)
