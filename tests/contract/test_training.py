@@ -1,7 +1,5 @@
 """Training: the loss, the gradient of everything that was added, gradient checkpointing, the experts' balance."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor

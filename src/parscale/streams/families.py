@@ -72,8 +72,8 @@ def give_streams(model: Any) -> None:
     if name not in globals():
         _publish(type(name, (StreamsBackbone, type(backbone)), {"config_class": type(config), "__module__": __name__}))
     backbone.__class__ = globals()[name]
-    for swapped in (model, backbone):  # output_hidden_states and the like are looked up by class
-        _CAN_RECORD_REGISTRY[swapped] = swapped._can_record_outputs
+    for swapped in (model, backbone):  # output_hidden_states and the like are looked up by the class's name
+        _CAN_RECORD_REGISTRY.update({str(type(swapped)): swapped._can_record_outputs})
     backbone.stream_state = StreamState(settings)
     backbone.prefix_generator = None
     if not hasattr(backbone, "stream_adapters"):

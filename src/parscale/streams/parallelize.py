@@ -71,10 +71,24 @@ def parallelize(
 
 
 def record_attention(model: PreTrainedModel, implementation: str, ids: Int[Tensor, "b t"]) -> Calibration:
-    """Run one batch through the plain model and describe what each attention module attends with."""
+    """Run one batch through the plain model and describe what each attention module attends with.
+
+    Raises:
+        InputError: the model looks ahead, or does not run its backbone as a whole.
+    """
     seen: dict[nn.Module, LayerStatistics] = {}
-    with _recording(model, implementation, seen), evaluating(model):
-        logits = model(input_ids=ids, use_cache=False).logits
+    runs: list[bool] = []
+    hook = model.base_model.register_forward_hook(lambda *_: runs.append(True))
+    try:
+        with _recording(model, implementation, seen), evaluating(model):
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    if not runs or model.base_model is model:
+        raise InputError(
+            f"{type(model).__name__} runs the parts of its backbone one by one, so streams cannot enter it as a whole; "
+            "use a family that does not (llama, qwen2, qwen3, mistral, phi3, gemma, gpt2, ...)"
+        )
     layers = {name: seen[module] for name, module in model.base_model.named_modules() if module in seen}
     return Calibration(ids, logits, layers)
 
@@ -141,6 +155,11 @@ def _record(
     seen: dict[nn.Module, LayerStatistics],
     **kwargs: Any,
 ) -> Any:
+    if not getattr(module, "is_causal", True):
+        raise InputError(
+            f"{type(module).__name__} looks ahead of the token it predicts; streams need a decoder "
+            "(a model such as BERT is one with `is_decoder=True` in its config)"
+        )
     key_heads = key.transpose(0, 1).flatten(1, 2).float()  # (Hk, B·T, Dk)
     value_heads = value.transpose(0, 1).flatten(1, 2).float()
     queries = query.unflatten(1, (key.shape[1], -1)).permute(1, 0, 2, 3, 4).flatten(1, 3).float()  # (Hk, B·G·T, Dk)
