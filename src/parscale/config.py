@@ -55,21 +55,20 @@ class StreamsConfig:
             _is_int(self.prefix_tokens) and self.prefix_tokens >= 0, "prefix_tokens", self.prefix_tokens, "an int >= 0"
         )
         _require(
-            isinstance(self.smoothing, int | float) and 0 <= self.smoothing <= 1,
+            isinstance(self.smoothing, int | float)
+            and not isinstance(self.smoothing, bool)
+            and 0 <= self.smoothing <= 1,
             "smoothing",
             self.smoothing,
             "a number from 0 to 1",
         )
         _require(self.aggregate in AGGREGATES, "aggregate", self.aggregate, f"one of {AGGREGATES}")
         _require(self.prefix_init in PREFIX_INITS, "prefix_init", self.prefix_init, f"one of {PREFIX_INITS}")
-        chosen = (self.diversify,) if isinstance(self.diversify, str) else tuple(self.diversify)
+        given: Any = self.diversify
+        chosen = tuple(given) if isinstance(given, list | tuple) else (given,)
+        known = all(name in DIVERSIFIERS for name in chosen)
+        _require(known and len(set(chosen)) == len(chosen), "diversify", given, f"distinct names from {DIVERSIFIERS}")
         object.__setattr__(self, "diversify", chosen)
-        _require(
-            set(chosen) <= set(DIVERSIFIERS) and len(set(chosen)) == len(chosen),
-            "diversify",
-            chosen,
-            f"distinct names from {DIVERSIFIERS}",
-        )
         _require(_is_int(self.lora_rank) and self.lora_rank >= 1, "lora_rank", self.lora_rank, "an integer >= 1")
         if self.streams > 1 and not self.diversifiers:
             raise InputError(
@@ -125,7 +124,9 @@ class StreamsConfig:
             InputError: an unknown key in the dict `parscale`, or a value that `StreamsConfig` refuses.
         """
         values = {ours: entries[released] for ours, released in _RELEASED_NAMES.items() if released in entries}
-        extra = dict(entries.get("parscale") or {})
+        given = entries.get("parscale") or {}
+        _require(isinstance(given, Mapping), "parscale", given, "a dict of settings")
+        extra = dict(given)
         extra.pop(PREFIX_SHAPES, None)
         control = extra.pop("control", False)
         known = {f.name for f in fields(cls)} - set(_RELEASED_NAMES)
