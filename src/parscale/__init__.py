@@ -4,6 +4,7 @@ from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.streams.checkpoint import load_streams, save_streams, use_streams
 from parscale.streams.families import register_family
+from parscale.streams.hub import push_to_hub
 from parscale.streams.parallelize import parallelize
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "StreamsConfig",
     "load_streams",
     "parallelize",
+    "push_to_hub",
     "register_family",
     "save_streams",
     "use_streams",

@@ -132,7 +132,7 @@ class StreamsConfig:
         known = {f.name for f in fields(cls)} - set(_RELEASED_NAMES)
         if unknown := sorted(set(extra) - known):
             raise InputError(f"unknown keys {unknown} in config.json's 'parscale'; known are {sorted(known)}")
-        if values.get("streams", 1) == 1 and not control:
+        if values.setdefault("streams", 1) == 1 and not control:
             values["prefix_tokens"] = 0
         return cls(**values, **extra)
 

@@ -9,7 +9,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from parscale import InputError
-from tests.generate.conftest import NEW, build, uncached, with_streams
+from tests.small import NEW, build, uncached, with_streams
 
 GREEDY = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
 LENGTHS = (9, 2, 7, 16, 5, 1)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, QuantizedLayer
 
-from tests.generate.conftest import NEW, build, greedy, uncached, with_streams
+from tests.small import NEW, build, greedy, uncached, with_streams
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 9])

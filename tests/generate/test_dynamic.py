@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from parscale import InputError
-from tests.generate.conftest import CONTEXT, build, greedy, uncached, with_streams
+from tests.small import CONTEXT, build, greedy, uncached, with_streams
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.generate.conftest import CONTEXT, NEW, build, greedy, uncached, with_streams
+from tests.small import CONTEXT, NEW, build, greedy, uncached, with_streams
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 BACKENDS = ("sdpa", "eager")

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from tests.generate.conftest import NEW, VOCABULARY, build, greedy, uncached
+from tests.small import NEW, VOCABULARY, build, greedy, uncached
 
 
 def test_greedy(model: Any, ids: Tensor) -> None:
