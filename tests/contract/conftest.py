@@ -39,7 +39,9 @@ class Case:
 
 
 def parallelized(model: PreTrainedModel, **streams: Any) -> Any:
-    """Give streams, and a head that is far from its start: weights that differ by token and stream."""
+    """Give streams, and what starts at zero or one far from it: weights of streams that differ by token and stream, and
+    updates that make the streams differ.
+    """
     torch.manual_seed(2)
     made: Any = parscale.parallelize(model, StreamsConfig(**{"streams": P, "prefix_tokens": N} | streams))
     head = made.base_model.aggregate_layer
@@ -47,6 +49,11 @@ def parallelized(model: PreTrainedModel, **streams: Any) -> Any:
         head[0].bias.data.normal_()
         head[2].weight.data.normal_(std=0.5)
         head[2].bias.data.normal_()
+    for key, parameter in made.named_parameters():
+        if key.endswith("stream_lora_b"):
+            parameter.data.normal_(std=0.3)
+        elif "stream_scale" in key:
+            parameter.data += 0.3 * torch.randn_like(parameter)
     return made
 
 
