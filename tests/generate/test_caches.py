@@ -60,6 +60,12 @@ def test_static_cache(model: Any, ids: Tensor) -> None:
     assert torch.equal(greedy(model, ids[:1], cache_implementation="static"), uncached(model, ids[:1]))
 
 
+def test_static_cache_filled_in_chunks(model: Any, ids: Tensor) -> None:
+    """transformers then makes the cache before the first step, for as many rows as it is told."""
+    made = greedy(model, ids, cache_implementation="static", prefill_chunk_size=4)
+    assert torch.equal(made, uncached(model, ids))
+
+
 def test_static_cache_follows_the_number_of_streams(model: Any, ids: Tensor) -> None:
     for streams in (4, 2, 4):
         made = greedy(model, ids, cache_implementation="static", streams=streams)
