@@ -47,7 +47,7 @@ def test_impossible_values_are_refused(settings: dict[str, Any], named: str) -> 
 
 @pytest.mark.parametrize("settings", [{"prefix_tokens": 0}, {"diversify": ()}])
 def test_several_streams_need_something_to_tell_them_apart(settings: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="nothing tells the streams apart.*prefix_tokens"):
+    with pytest.raises(InputError, match=r"nothing tells the streams apart.*prefix_tokens"):
         StreamsConfig(streams=2, **settings)
     assert StreamsConfig(streams=1, **settings).is_plain
     assert StreamsConfig(streams=2, prefix_tokens=0, diversify=("embedding",)).has_head

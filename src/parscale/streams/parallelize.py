@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionMaskInterface, PreTrainedModel
@@ -21,7 +20,14 @@ from parscale.errors import InputError
 from parscale.streams.attention import SUPPORTED, inner_attention
 from parscale.streams.backbone import StreamsForCausalLM, check_attention
 from parscale.streams.diversify import prefix, protocol
-from parscale.streams.diversify.calibration import Calibration, LayerStatistics, evaluating
+from parscale.streams.diversify.calibration import (
+    Calibration,
+    LayerStatistics,
+    describe,
+    evaluating,
+    own_text,
+    random_tokens,
+)
 from parscale.streams.families import give_streams, register_family
 
 RECORD = "parscale-record|"
@@ -42,7 +48,7 @@ def parallelize(
         model: any decoder from transformers whose attention goes through its `AttentionInterface`.
         config: the streams; the paper's method by default.
         calibration: token ids (B, T) that the prefix's start is fitted to; real text is best. By default 256 random
-            tokens.
+            tokens, or for a near-identity start 1024 that the model writes itself.
 
     Returns:
         The same object.
@@ -54,11 +60,13 @@ def parallelize(
     """
     config = config or StreamsConfig()
     implementation = check_model(model)
-    ids = _calibration_ids(model) if calibration is None else calibration.to(model.device)
+    ids = random_tokens(model) if calibration is None else calibration.to(model.device)
     recorded = record_attention(model, implementation, ids)
     diversifiers = protocol.chosen(config)
     for diversifier in diversifiers:
         diversifier.check(model, recorded)
+    if calibration is None and config.prefix_init == "near_identity":
+        recorded = record_attention(model, implementation, own_text(model))
     config_class, model_class = register_family(model.config.model_type)
     _rewrite_config(model, config, config_class, recorded.layers)
     model.__class__ = model_class
@@ -126,12 +134,6 @@ def _rewrite_config(
         model.config.parscale = (model.config.parscale or {}) | {PREFIX_SHAPES: listed}
 
 
-def _calibration_ids(model: PreTrainedModel) -> Tensor:
-    length = min(64, getattr(model.config, "max_position_embeddings", None) or 64)
-    draw = torch.Generator().manual_seed(0)
-    return torch.randint(0, model.config.vocab_size, (4, length), generator=draw).to(model.device)
-
-
 @contextmanager
 def _recording(model: PreTrainedModel, implementation: str, seen: dict[nn.Module, LayerStatistics]) -> Iterator[None]:
     """While it lasts, attention runs as always and leaves its statistics in `seen`."""
@@ -160,12 +162,8 @@ def _record(
             f"{type(module).__name__} looks ahead of the token it predicts; streams need a decoder "
             "(a model such as BERT is one with `is_decoder=True` in its config)"
         )
-    key_heads = key.transpose(0, 1).flatten(1, 2).float()  # (Hk, B·T, Dk)
-    value_heads = value.transpose(0, 1).flatten(1, 2).float()
-    queries = query.unflatten(1, (key.shape[1], -1)).permute(1, 0, 2, 3, 4).flatten(1, 3).float()  # (Hk, B·G·T, Dk)
-    seen[module] = LayerStatistics(
-        key_heads.mean(1), key_heads.std(1), value_heads.mean(1), value_heads.std(1), queries
-    )
+    mask = args[0] if args else kwargs.get("attention_mask")
+    seen[module] = describe(query, key, value, mask, kwargs.get("scaling"))
     return inner_attention(module, implementation)(module, query, key, value, *args, **kwargs)
 
 

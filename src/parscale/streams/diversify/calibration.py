@@ -3,17 +3,23 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+QUERIES = 2048
+"""Enough to fit keys of a few hundred channels to; a long calibration batch would only cost time and memory."""
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
     """What one attention module attends with on a calibration batch, heads apart; keys and queries after RoPE.
 
-    queries: (Hk, N, Dk), the query tokens of all heads that share a key/value head.
+    queries: (Hk, N, Dk), query tokens of all heads that share a key/value head, scaled as the scores want them; at most
+        `QUERIES` a head, evenly chosen.
+    log_sums: (Hk, N), for each of them the log of the sum of exp(score) over the real tokens that it sees.
     """
 
     key_mean: Float[Tensor, "hk dk"]
@@ -21,6 +27,7 @@ class LayerStatistics:
     value_mean: Float[Tensor, "hk dv"]
     value_std: Float[Tensor, "hk dv"]
     queries: Float[Tensor, "hk tokens dk"]
+    log_sums: Float[Tensor, "hk tokens"]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -42,6 +49,61 @@ class Calibration:
     ids: Int[Tensor, "b t"]
     logits: Float[Tensor, "b t v"]
     layers: Mapping[str, LayerStatistics]
+
+
+def describe(query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None) -> LayerStatistics:
+    """Statistics of one attention call: query (B, H, T, Dk), key (B, Hk, T, Dk), value (B, Hk, T, Dv).
+
+    Args:
+        mask: the call's own; if it is no tensor, the tokens see all before them.
+        scaling: what the scores are multiplied by; 1/√Dk if None.
+    """
+    key_heads = key.transpose(0, 1).flatten(1, 2).float()  # (Hk, B·T, Dk)
+    value_heads = value.transpose(0, 1).flatten(1, 2).float()
+    grouped = query.unflatten(1, (key.shape[1], -1)).float()  # (B, Hk, G, T, Dk)
+    grouped = grouped * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = grouped @ key[:, :, None].float().mT  # (B, Hk, G, T, T)
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if type(mask) is Tensor:
+        seen = seen & (mask if mask.dtype == torch.bool else mask == 0)[:, :, None]
+    log_sums = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)  # (B, Hk, G, T)
+    queries, log_sums = (x.transpose(0, 1).flatten(1, 3) for x in (grouped, log_sums))
+    every = -(-queries.shape[1] // QUERIES)
+    return LayerStatistics(
+        key_heads.mean(1),
+        key_heads.std(1),
+        value_heads.mean(1),
+        value_heads.std(1),
+        queries[:, ::every],
+        log_sums[:, ::every],
+    )
+
+
+def random_tokens(model: Any, rows: int = 4, length: int = 64) -> Int[Tensor, "b t"]:
+    """The same token ids on every call."""
+    length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.vocab_size, (rows, length), generator=draw).to(model.device)
+
+
+def own_text(model: Any) -> Int[Tensor, "b t"]:
+    """What the model itself writes, half of the rows from its first token of every text (if it has one), the others
+    from random ones: the nearest thing to real text that needs no data.
+    """
+    ids = random_tokens(model, rows=8, length=128)
+    length, ids = ids.shape[1], ids[:, :1]
+    if (start := model.generation_config.bos_token_id) is not None:
+        ids[::2] = start
+    step, cache = ids, None
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        for _ in range(length - 1):
+            output = model(input_ids=step, past_key_values=cache, use_cache=True)
+            sampled = output.logits[:, -1].float().softmax(-1).multinomial(1)
+            ids, cache = torch.cat([ids, sampled], dim=1), output.past_key_values
+            step = ids if cache is None else sampled
+    return ids
 
 
 @contextmanager

@@ -3,11 +3,15 @@
 Knows where the prefix tensors live (`<attention module>.prefix_k|prefix_v`, shape (P, Hk, n, D)) and how they start.
 """
 
+import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization
 
 from parscale.config import PREFIX_SHAPES
@@ -17,7 +21,7 @@ from parscale.streams.diversify.calibration import Calibration, LayerStatistics,
 
 NEAR_IDENTITY_NATS = 1e-3
 """What a near-identity start may cost: mean KL divergence from the plain model's predictions, in nats per token."""
-NEAR_IDENTITY_LOGITS = (-2.0, -4.0, -6.0, -8.0, -12.0, -16.0, -24.0, -32.0)
+RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 Shape = tuple[int, int, int]
 """Hk, Dk, Dv: key/value heads, size of a key, size of a value."""
 
@@ -108,35 +112,63 @@ def init_normal(module: Any, statistics: LayerStatistics) -> None:
 
 
 @torch.no_grad()
-def init_near_identity(module: Any, statistics: LayerStatistics, logit: float) -> None:
-    """Values zero; keys that every query of the calibration batch scores at about `logit` (negative), plus a little
-    noise that tells the streams apart. The attention that a prefix draws then only shrinks the rest by a hair.
+def init_near_identity(module: Any, statistics: LayerStatistics, ridge: float) -> None:
+    """Values zero; keys that draw little attention, the less the smaller `ridge` is, plus a little noise that tells the
+    streams apart. What attention they draw only shrinks the rest.
 
-    The keys solve the ridge regression q·k/√D ≈ logit over the recorded queries, which are rotated by their positions.
+    n equal keys k draw the share a = sigmoid(q·k + ln n − z) from a query whose scores of real tokens have the
+    log-sum-exp z. The keys minimise the mean of −log(1 − a) over the recorded queries, plus ridge · mean (q·k)² as it
+    would be for queries of all directions: a convex problem, solved by L-BFGS. Scores equal and very negative for all
+    queries are not to be had: the queries look in many directions.
     """
-    queries = statistics.queries.double()
-    size = queries.shape[-1]
-    gram = queries.mT @ queries  # (Hk, D, D)
-    ridge = 1e-3 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(size).to(gram)
-    target = torch.full((*queries.shape[:2], 1), logit * size**0.5).to(queries)
-    keys = torch.linalg.solve(gram + ridge, queries.mT @ target).squeeze(-1)  # (Hk, D)
+    keys = _keys_that_draw_least(statistics, module.prefix_k.shape[2], ridge)  # (Hk, Dk)
     noise = torch.randn(module.prefix_k.shape, dtype=torch.float64).to(keys.device)
-    scale = 0.1 * statistics.key_std.double()[:, None]  # (Hk, 1, D)
+    scale = 0.1 * statistics.key_std.double()[:, None]  # (Hk, 1, Dk)
     module.prefix_k.copy_(keys[:, None] + scale * noise)
     module.prefix_v.zero_()
 
 
 def _start_near_identity(model: Any, layers: dict[str, Any], calibration: Calibration) -> None:
-    """The least negative attention logit whose prefixes stay within `NEAR_IDENTITY_NATS` of the plain model's
-    predictions: a prefix that drew no attention at all would get no gradient either."""
+    """The largest ridge whose prefixes stay within `NEAR_IDENTITY_NATS` of the plain model's predictions, or else the
+    best one: a prefix that drew no attention at all would get no gradient either."""
     expected = calibration.logits.float().log_softmax(-1)
-    for logit in NEAR_IDENTITY_LOGITS:
+    best, smallest = {}, math.inf
+    for ridge in RIDGES:
         for name, module in layers.items():
-            init_near_identity(module, calibration.layers[name], logit)
+            init_near_identity(module, calibration.layers[name], ridge)
         with evaluating(model):
             predicted = model(input_ids=calibration.ids, use_cache=False).logits.float().log_softmax(-1)
-        if (expected.exp() * (expected - predicted)).sum(-1).mean() <= NEAR_IDENTITY_NATS:
+        divergence = (expected.exp() * (expected - predicted)).sum(-1).mean().item()
+        if divergence <= NEAR_IDENTITY_NATS:
             return
+        if divergence < smallest:
+            best, smallest = {name: module.prefix_k.detach().clone() for name, module in layers.items()}, divergence
+    for name, keys in best.items():
+        layers[name].prefix_k.copy_(keys)
+    logging.getLogger(__name__).warning(
+        "near_identity starts %.4f nats from the plain model on the calibration batch; the aim was %g",
+        smallest,
+        NEAR_IDENTITY_NATS,
+    )
+
+
+@torch.enable_grad()
+def _keys_that_draw_least(statistics: LayerStatistics, tokens: int, ridge: float) -> Float[Tensor, "hk dk"]:
+    queries = statistics.queries.double()  # (Hk, N, Dk)
+    offsets = math.log(tokens) - statistics.log_sums.double()  # (Hk, N)
+    weight = ridge * queries.square().mean(dim=(1, 2))  # (Hk,)
+    keys = torch.zeros(queries.shape[0], queries.shape[2], dtype=torch.float64, device=queries.device).requires_grad_()
+    solver = torch.optim.LBFGS([keys], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        scores = (queries @ keys[..., None]).squeeze(-1)
+        value = (F.softplus(scores + offsets).mean(1) + weight * keys.square().sum(1)).sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    return keys.detach()
 
 
 class PrefixGenerator(nn.Module):

@@ -1,0 +1,78 @@
+"""The aggregation head and the merger against equations 3 and 4 written out, and against the released layout."""
+
+import pytest
+import torch
+
+from parscale.streams.aggregate import AggregationHead, stream_weights
+from parscale.streams.merge import merge
+
+P, B, T, D = 3, 2, 4, 5
+
+
+@pytest.fixture
+def head() -> AggregationHead:
+    made = AggregationHead(P, D, dtype=torch.float64)
+    made[2].weight.data.normal_()
+    made[2].bias.data.normal_()
+    return made
+
+
+@pytest.fixture
+def hidden() -> torch.Tensor:
+    return torch.randn(P, B, T, D, dtype=torch.float64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_weights_and_merge_by_hand(head: AggregationHead, hidden: torch.Tensor, p: int, smoothing: float) -> None:
+    """Token by token: channel h of stream p stands at h·P + p of the input; absent streams read as zero."""
+    weights = stream_weights(hidden[:p], head, smoothing)
+    merged = merge(hidden[:p], weights)
+    for b in range(B):
+        for t in range(T):
+            x = torch.zeros(D * P, dtype=torch.float64)
+            for stream in range(p):
+                for h in range(D):
+                    x[h * P + stream] = hidden[stream, b, t, h]
+            logits = head[2](torch.nn.functional.silu(head[0](x)))[:p]
+            expected = (1 - smoothing) * logits.exp() / logits.exp().sum() + smoothing / p
+            torch.testing.assert_close(weights[:, b, t], expected)
+            torch.testing.assert_close(merged[b, t], sum(w * hidden[i, b, t] for i, w in enumerate(expected)))
+
+
+def test_weights_start_equal_and_learn() -> None:
+    head = AggregationHead(P, D)
+    hidden = torch.randn(P, B, T, D)
+    weights = stream_weights(hidden, head, 0.1)
+    torch.testing.assert_close(weights, torch.full_like(weights, 1 / P))
+    merge(hidden, weights).square().sum().backward()
+    assert head[2].weight.grad is not None
+    assert (head[2].weight.grad.abs() > 0).all()
+
+
+def test_smoothing_keeps_every_weight_above_its_share(head: AggregationHead, hidden: torch.Tensor) -> None:
+    with torch.no_grad():
+        head[2].weight.mul_(1e4)
+        weights = stream_weights(hidden, head, 0.1)
+    assert weights.min() >= 0.1 / P * 0.999
+    torch.testing.assert_close(weights.sum(0), torch.ones(B, T, dtype=torch.float64))
+
+
+def test_mean(hidden: torch.Tensor) -> None:
+    weights = stream_weights(hidden[:2], None, 0.1)
+    assert (weights == 0.5).all()
+    torch.testing.assert_close(merge(hidden[:2], weights), hidden[:2].mean(0))
+
+
+def test_softmax_is_float32_and_the_sum_returns_the_models_dtype() -> None:
+    head = AggregationHead(P, D, dtype=torch.bfloat16)
+    hidden = torch.randn(P, B, T, D, dtype=torch.bfloat16)
+    weights = stream_weights(hidden, head, 0.1)
+    assert weights.dtype == torch.float32
+    assert merge(hidden, weights).dtype == torch.bfloat16
+
+
+def test_names_and_shapes_are_the_released_ones() -> None:
+    shapes = {name: tuple(p.shape) for name, p in AggregationHead(P, D).named_parameters()}
+    assert shapes == {"0.weight": (D, P * D), "0.bias": (D,), "2.weight": (P, D), "2.bias": (P,)}

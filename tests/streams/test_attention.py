@@ -1,0 +1,138 @@
+"""A prefix in front of the keys, against attention written out: every mask, every implementation, one token and many."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+from parscale import StreamsConfig
+from parscale.streams.attention import StreamState, attend, flex_mask
+
+P, B, H, HK, N, D, E = 3, 2, 4, 2, 5, 8, 6
+
+
+class Layer(nn.Module):
+    """An attention module, as far as `attend` looks at one."""
+
+    def __init__(self, key_size: int = D, value_size: int = E) -> None:
+        super().__init__()
+        self.layer_idx = 0
+        self.num_key_value_groups = H // HK
+        self.is_causal = True
+        self.stream_state = StreamState(StreamsConfig(streams=P, prefix_tokens=N))
+        self.prefix_k = nn.Parameter(torch.randn(P, HK, N, key_size))
+        self.prefix_v = nn.Parameter(torch.randn(P, HK, N, value_size))
+
+
+Layer.__module__ = "transformers.models.llama.modeling_llama"  # where eager's function is looked for
+
+
+def by_hand(layer: Layer, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
+    """softmax(q·[prefix_k; k]/√D)·[prefix_v; v] row by row in float64; `allowed` (T, S) or (B, T, S) for real tokens."""
+    out = torch.zeros(query.shape[0], query.shape[2], H, value.shape[-1], dtype=torch.float64)
+    for row in range(query.shape[0]):
+        stream, b = divmod(row, B)
+        for head in range(H):
+            kv = head // (H // HK)
+            keys = torch.cat([layer.prefix_k[stream, kv], key[row, kv]]).double()
+            values = torch.cat([layer.prefix_v[stream, kv], value[row, kv]]).double()
+            scores = query[row, head].double() @ keys.T * D**-0.5
+            mask = allowed[b] if allowed.ndim == 3 else allowed
+            seen = torch.cat([torch.ones(len(mask), N, dtype=torch.bool), mask], dim=1)
+            out[row, :, head] = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+    return out
+
+
+def inputs(queries: int, keys: int, value_size: int = E) -> tuple[Tensor, Tensor, Tensor]:
+    rows = P * B
+    return torch.randn(rows, H, queries, D), torch.randn(rows, HK, keys, D), torch.randn(rows, HK, keys, value_size)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [2, 7])
+def test_no_mask_means_causal(length: int) -> None:
+    """sdpa's wrapper cuts the keys to as many as there are queries when it gets None: the last tokens would vanish."""
+    layer, (query, key, value) = Layer(), inputs(length, length)
+    triangle = torch.ones(length, length, dtype=torch.bool).tril()
+    close(attend(layer, query, key, value, None, implementation="sdpa")[0], by_hand(layer, query, key, value, triangle))
+
+
+@torch.no_grad()
+def test_no_mask_on_a_longer_static_cache() -> None:
+    """Slots behind the prompt are empty yet, and must not be seen."""
+    layer, (query, key, value) = Layer(), inputs(4, 9)
+    triangle = torch.ones(4, 9, dtype=torch.bool).tril()
+    close(attend(layer, query, key, value, None, implementation="sdpa")[0], by_hand(layer, query, key, value, triangle))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_masks_cover_real_tokens_only(implementation: str, queries: int) -> None:
+    """A row of padding alone still sees the prefix."""
+    layer, (query, key, value) = Layer(), inputs(queries, 6)
+    allowed = torch.rand(B, queries, 6) < 0.6
+    allowed[0, -1] = False
+    expected = by_hand(layer, query, key, value, allowed)
+    boolean = allowed[:, None].repeat(P, 1, 1, 1)
+    additive = torch.where(boolean, 0.0, torch.finfo(torch.float32).min)
+    for mask in [additive] if implementation == "eager" else [additive, boolean]:
+        close(attend(layer, query, key, value, mask, implementation=implementation, scaling=D**-0.5)[0], expected)
+
+
+@torch.no_grad()
+def test_one_token_without_mask_sees_all() -> None:
+    layer, (query, key, value) = Layer(), inputs(1, 6)
+    expected = by_hand(layer, query, key, value, torch.ones(1, 6, dtype=torch.bool))
+    for scaling in (None, D**-0.5):
+        close(attend(layer, query, key, value, None, implementation="sdpa", scaling=scaling)[0], expected)
+    with torch.enable_grad():  # the path through sdpa itself
+        close(attend(layer, query, key, value, None, implementation="sdpa")[0], expected)
+
+
+@torch.no_grad()
+def test_half_precision_stays_finite_and_close() -> None:
+    layer, (query, key, value) = Layer(), inputs(1, 6)
+    expected = by_hand(layer, query, key, value, torch.ones(1, 6, dtype=torch.bool))
+    found = attend(layer, *(x.bfloat16() for x in (query, key, value)), None, implementation="sdpa")[0]
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_fewer_streams() -> None:
+    layer, (query, key, value) = Layer(), inputs(3, 3)
+    layer.stream_state.active = 2
+    part = [x[: 2 * B] for x in (query, key, value)]
+    expected = by_hand(layer, *part, torch.ones(3, 3, dtype=torch.bool).tril())
+    close(attend(layer, *part, None, implementation="sdpa")[0], expected)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("start", [0, 3])
+def test_flex(window: int | None, start: int) -> None:
+    """The BlockMask's columns start n before the real tokens, and padding hides real tokens only."""
+    length = 7
+    layer, (query, key, value) = Layer(value_size=D), inputs(length - start, length, D)
+    padding = torch.ones(B, length, dtype=torch.bool)
+    padding[1, :4] = False
+    function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    config: Any = SimpleNamespace(parscale_n_tokens=N)
+    with torch.compiler.set_stance("force_eager"):
+        mask = flex_mask(
+            batch_size=P * B, q_length=length - start, kv_length=length, q_offset=start, mask_function=function,
+            attention_mask=padding.repeat(P, 1), config=config,
+        )  # fmt: skip
+        found = attend(layer, query, key, value, mask, implementation="flex_attention", scaling=D**-0.5)[0]
+    q, kv = torch.arange(start, length)[:, None], torch.arange(length)
+    seen = (kv <= q) & (kv > q - (window or length))
+    close(found, by_hand(layer, query, key, value, seen & padding[:, None]))
