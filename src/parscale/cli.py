@@ -109,9 +109,11 @@ def main(argv: list[str] | None = None) -> int:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    from parscale.train.trainer import TrainConfig, train
+    from parscale.train.config import TrainConfig
 
     def train_verb(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
+        from parscale.train.trainer import train
+
         train(config)
 
     train_verb.__doc__ = TrainConfig.__doc__

@@ -67,14 +67,13 @@ class StreamProbe:
         """One line for people."""
         if self.streams == 1:
             return "one stream: nothing to compare"
-        found = [
-            text
-            for failed, text in (
-                (self.collapsed, f"stream collapse (cosine {self.cosine:.3f})"),
-                (self.monoculture, f"weight monoculture (largest weight {max(self.weights):.2f})"),
-            )
-            if failed
-        ]
+        found = []
+        if self.collapsed:
+            alike = self.cosine is not None and self.cosine > COLLAPSE_COSINE
+            reason = f"cosine {self.cosine:.3f}" if alike else "merged, they are no better than the best alone"
+            found.append(f"stream collapse ({reason})")
+        if self.monoculture:
+            found.append(f"weight monoculture (largest weight {max(self.weights):.2f})")
         return "; ".join(found) if found else "the streams differ and are used"
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from parscale.config import StreamsConfig
+from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, load_text
-from parscale.train.trainer import TrainConfig, train
+from parscale.train.trainer import train
 from tests.corpora import write_corpus
 
 

@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import parscale
 from parscale.errors import InputError
-from parscale.train.stages import Rates, count_stream_parameters, freeze_backbone, is_diversifier, parameter_groups
+from parscale.train.config import Rates
+from parscale.train.stages import count_stream_parameters, freeze_backbone, is_diversifier, parameter_groups
 
 
 @pytest.fixture

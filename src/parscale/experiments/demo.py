@@ -1,7 +1,8 @@
 """The main claim in ten minutes: a small model gains from parallel streams on real text, against the honest control.
 
-Pretrains a plain base, then gives it stage 2 three times with the same tokens in the same order: P=1 with the streams'
-prefix (the control), P=2 and P=4. Knows the demo's settings for each kind of machine.
+Pretrains a plain base, then gives it stage 2 several times with the same tokens in the same order: P=1 with the streams'
+prefix (the control), P=1 with as many LoRA parameters as the most streams have (what the parameters alone do), and P=2
+and P=4. Knows the demo's settings for each kind of machine.
 """
 
 import json
@@ -22,9 +23,10 @@ from parscale.errors import InputError
 from parscale.experiments.report import write_demo_report
 from parscale.generate import complete
 from parscale.load import load_model, load_tokenizer
+from parscale.train.config import TrainConfig
 from parscale.train.corpus import STDLIB
 from parscale.train.data import load_text
-from parscale.train.trainer import TrainConfig, TrainResult, check_output, train
+from parscale.train.trainer import TrainResult, check_output, train
 
 Scale = Literal["auto", "smoke", "cpu", "gpu"]
 
@@ -41,14 +43,15 @@ class Setting:
     batch_size: int
     base_tokens: int
     tokens: int
-    learning_rate: float
-    stream_learning_rate: float
+    learning_rate: float = 3e-3
+    stream_learning_rate: float = 1e-2
+    lora_rank: int = 8
 
 
 SETTINGS = {
-    "smoke": Setting("nano", 512, 64, 8, 8 * 64 * 20, 8 * 64 * 20, 3e-3, 1e-2),
-    "cpu": Setting("nano", 1024, 256, 16, 1_600_000, 1_600_000, 3e-3, 1e-2),
-    "gpu": Setting("small", 8192, 512, 64, 60_000_000, 60_000_000, 1e-3, 5e-3),
+    "smoke": Setting("pico", 384, 32, 8, base_tokens=20 * 8 * 32, tokens=10 * 8 * 32, lora_rank=2),
+    "cpu": Setting("pico", 512, 128, 32, base_tokens=800 * 32 * 128, tokens=600 * 32 * 128),
+    "gpu": Setting("micro", 2048, 256, 128, base_tokens=3000 * 128 * 256, tokens=3000 * 128 * 256),
 }
 
 
@@ -123,14 +126,13 @@ def run_demo(
         title="base",
     )
     results = {"base": base}
-    for p in (1, *sorted(set(streams))):
-        name = f"P={p}" if p > 1 else "control"
+    for name, chosen in streams_settings(streams, setting.lora_rank).items():
         results[name] = train(
             TrainConfig(
                 "retrofit",
-                output / (f"p{p}" if p > 1 else "control"),
+                output / folder_of(name),
                 model=str(output / "base"),
-                streams=streams_setting(p),
+                streams=chosen,
                 tokens=setting.tokens,
                 decay=0.5,
                 **common,
@@ -140,7 +142,7 @@ def run_demo(
         )
     rows = _rows(results)
     _print_table(console, rows)
-    completions = _complete(console, output, [1, *sorted(set(streams))])
+    completions = _complete(console, output, ["control", *(row.name for row in rows if row.streams > 1)])
     record = {
         "rows": [vars(row) for row in rows],
         "scale": scale,
@@ -157,9 +159,25 @@ def run_demo(
     return rows
 
 
-def streams_setting(p: int) -> StreamsConfig:
-    """The demo's streams: the paper's prefix and a learned vector per stream. P=1 is the control: the prefix alone."""
-    return StreamsConfig(streams=p, diversify=("prefix", "embedding"))
+def streams_settings(streams: Sequence[int], lora_rank: int) -> dict[str, StreamsConfig]:
+    """Name → streams of every model of stage 2: the paper's prefix, and a low-rank update per stream.
+
+    The control has the prefix alone. "control + LoRA" is one stream with an update of the summed rank of the most
+    streams: the same added parameters, bar the head, and no second pass.
+    """
+    most = max(streams)
+    return {
+        "control": StreamsConfig(streams=1),
+        "control + LoRA": StreamsConfig(streams=1, diversify=("prefix", "lora"), lora_rank=most * lora_rank),
+    } | {
+        f"P={p}": StreamsConfig(streams=p, diversify=("prefix", "lora"), lora_rank=lora_rank)
+        for p in sorted(set(streams))
+    }
+
+
+def folder_of(name: str) -> str:
+    """Where a model of the demo is saved, within its output."""
+    return name.lower().replace("=", "").replace(" + ", "-")
 
 
 def machine() -> dict[str, Any]:
@@ -198,10 +216,13 @@ def _rows(results: dict[str, TrainResult]) -> list[Row]:
 
 
 def _print_table(console: Console, rows: list[Row]) -> None:
-    table = Table(title="Validation loss by number of streams: the same base, the same tokens in stage 2")
-    for column in ("model", "loss (nats)", "gain over control", "cosine", "weights", "added parameters", "seconds"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    names = {"base": "base, before stage 2", "control": "control: P=1 with a prefix"}
+    table = Table(
+        title="Validation loss, nats per token, after stage 2 on the same base with the same tokens",
+        caption="gain: loss below the control's. parameters: what the streams added. weights: of the merged streams.",
+    )
+    for column in ("model", "loss", "gain", "cosine", "weights", "parameters", "s"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    names = {"base": "base, before stage 2", "control": "control: P=1 + prefix"}
     for row in rows:
         table.add_row(
             names.get(row.name, row.name),
@@ -215,15 +236,14 @@ def _print_table(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
-def _complete(console: Console, output: Path, streams: list[int]) -> list[dict[str, Any]]:
+def _complete(console: Console, output: Path, names: list[str]) -> list[dict[str, Any]]:
     found = []
-    for p in streams:
-        folder = output / (f"p{p}" if p > 1 else "control")
-        model, tokenizer = load_model(folder), load_tokenizer(folder)
+    for name in names:
+        model, tokenizer = load_model(output / folder_of(name)), load_tokenizer(output / folder_of(name))
         for prompt in PROMPTS:
             text = complete(model, tokenizer, prompt, max_new_tokens=32)
-            found.append({"streams": p, "prompt": prompt, "completion": text})
-            console.print(f"[bold]P={p}[/] {prompt!r} → {text!r}", highlight=False)
+            found.append({"model": name, "prompt": prompt, "completion": text})
+            console.print(f"[bold]{name}[/] {prompt!r} → {text!r}", highlight=False)
     return found
 
 

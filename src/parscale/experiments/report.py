@@ -54,7 +54,7 @@ def write_demo_report(record: dict[str, Any]) -> str:
     ]
     for entry in record["completions"]:
         text = html.escape(entry["prompt"]) + "<strong>" + html.escape(entry["completion"]) + "</strong>"
-        parts.append(f"<p>P={entry['streams']}</p><pre>{text}</pre>")
+        parts.append(f"<p>{html.escape(entry['model'])}</p><pre>{text}</pre>")
     parts.append(
         f'<p class="note">Corpus: {html.escape(", ".join(record["corpus"]))}. {record["seconds"]:.0f} s on '
         f"{html.escape(str(machine['processor'] or machine['platform']))}, {machine['threads']} threads, torch "

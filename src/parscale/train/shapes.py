@@ -8,6 +8,7 @@ from parscale.errors import InputError
 
 # layers, hidden size, heads. Parameters without embeddings: about 12·layers·hidden².
 SHAPES = {
+    "pico": (2, 32, 2),  # 0.02 M
     "nano": (2, 64, 2),  # 0.1 M
     "micro": (4, 128, 4),  # 0.8 M
     "mini": (6, 256, 4),  # 4.7 M

@@ -5,31 +5,13 @@
 - `frozen`: only what the streams added; the backbone's gradients are never allocated.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from parscale.errors import InputError
 from parscale.streams.tensors import belongs_to_streams
-
-Stage = Literal["pretrain", "retrofit", "frozen"]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Learning rates and weight decay by parameter group."""
-
-    learning_rate: float
-    stream_learning_rate: float
-    weight_decay: float
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "stream_learning_rate", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name}={getattr(self, name)!r} is not accepted; give a number >= 0")
-        if self.learning_rate == 0 and self.stream_learning_rate == 0:
-            raise InputError("learning_rate=0 and stream_learning_rate=0: nothing would train; give one above 0")
+from parscale.train.config import Rates, Stage
 
 
 def is_diversifier(name: str) -> bool:

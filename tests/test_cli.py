@@ -1,0 +1,107 @@
+"""The command line as a user meets it: exit codes, one line of error, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from parscale.cli import main
+from tests.corpora import write_corpus
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def parscale(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a verb in `folder`; gives the exit code, stdout and stderr."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PARSCALE_CACHE", str(folder / "cache"))
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture
+def trained(folder: Path, parscale: Run) -> Path:
+    if not (folder / "base").exists():
+        write_corpus(folder / "corpus")
+        text = ("--data", "corpus", "--vocab-size", 384, "--block-size", 32, "--batch-size", 8, "--tokens", 5 * 256)
+        code, _, error = parscale("train", "pretrain", "--output", "base", "--model", "nano", "--streams", 2, *text)
+        assert code == 0, error
+    return folder / "base"
+
+
+def test_generate_and_probe_work_on_a_trained_model(trained: Path, parscale: Run) -> None:
+    code, out, error = parscale("generate", trained, "def ", "--max-new-tokens", 4, "--streams", 1)
+    assert code == 0, error
+    assert out.startswith("def ")
+    code, out, error = parscale("probe", trained, "--data", "corpus", "--block-size", 32, "--json")
+    assert code == 0, error
+    assert len(json.loads(out)["weights"]) == 2
+    code, out, error = parscale("probe", trained, "--data", "corpus", "--block-size", 32)
+    assert code == 0, error
+    assert "loss alone" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("train", "retrofit", "--output", "o", "--model", "./nowhere"), "nowhere"),
+        (("train", "pretrain", "--output", "o", "--data", "./nothing-here"), "nothing-here"),
+        (("train", "pretrain", "--output", "o", "--prefix-tokens", "-1"), "prefix_tokens=-1"),
+        (("generate", "./nowhere", "hello"), "nowhere"),
+        (("probe", "./nowhere"), "nowhere"),
+        (("demo", "--streams", "1"), "streams=(1,)"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: tuple, named: str, folder: Path, parscale: Run) -> None:
+    code, _, error = parscale(*arguments)
+    assert code == 2
+    assert error.strip().count("\n") == 0
+    assert named in error
+    assert not (folder / "o").exists()
+
+
+def test_a_process_ends_with_the_exit_code() -> None:
+    command = [sys.executable, "-m", "parscale.cli", "generate", "./nowhere", "hello"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("parscale: model './nowhere'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_truncated_checkpoint_is_one_line(trained: Path, folder: Path, parscale: Run) -> None:
+    broken = folder / "broken"
+    broken.mkdir()
+    for file in trained.iterdir():
+        data = file.read_bytes()
+        (broken / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
+    code, _, error = parscale("generate", broken, "hello")
+    assert code == 2
+    assert error.strip().count("\n") == 0
+    assert "broken" in error
+
+
+def test_a_config_with_unknown_keys_is_one_line(trained: Path, folder: Path, parscale: Run) -> None:
+    odd = folder / "odd"
+    odd.mkdir()
+    for file in trained.iterdir():
+        (odd / file.name).write_bytes(file.read_bytes())
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"parscale": {"sterams": 3}}))
+    code, _, error = parscale("generate", odd, "hello")
+    assert code == 2
+    assert error.strip().count("\n") == 0
+    assert "sterams" in error
