@@ -118,6 +118,15 @@ def test_what_is_in_use_is_what_is_saved(saved: dict[int, Path], ids: Tensor, tm
     assert (tmp_path / "again" / "streams.safetensors").read_bytes() == (saved[2] / "streams.safetensors").read_bytes()
 
 
+def test_a_full_checkpoint_becomes_an_adapter(ids: Tensor, tmp_path: Path) -> None:
+    """As the released checkpoints with a frozen base are: streams and base in one folder, loaded and taken apart."""
+    widened(2).save_pretrained(tmp_path / "full")
+    parscale.save_streams(AutoModelForCausalLM.from_pretrained(tmp_path / "full"), tmp_path / "streams")
+    build().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(parscale.load_streams(base, tmp_path / "streams"), ids), logits(widened(2), ids))
+
+
 def test_a_second_width_of_an_adapter(saved: dict[int, Path], ids: Tensor) -> None:
     """Requests for different adapters in one process: one model object each, one base."""
     model = build()
