@@ -181,9 +181,11 @@ def test_rank1_and_lora_of_peft_on_top(ids: Tensor) -> None:
 def test_update_is_each_streams_own_product(flat: bool) -> None:
     x = torch.randn(P * 2, 5, 7, dtype=torch.float64)
     a, b = torch.randn(P, 7, 3, dtype=torch.float64), torch.randn(P, 3, 11, dtype=torch.float64)
-    expected = torch.cat([rows @ a[i] @ b[i] for i, rows in enumerate(x.chunk(P))])
-    given = x.flatten(0, 1) if flat else x  # mixtures of experts flatten rows and tokens
-    torch.testing.assert_close(lora.update(given, a, b), expected.flatten(0, 1) if flat else expected)
+    output = torch.randn(P * 2, 5, 11, dtype=torch.float64)
+    expected = output + torch.cat([rows @ a[i] @ b[i] for i, rows in enumerate(x.chunk(P))])
+    if flat:  # as mixtures of experts see rows and tokens
+        x, output, expected = x.flatten(0, 1), output.flatten(0, 1), expected.flatten(0, 1)
+    torch.testing.assert_close(lora.add_update(output, x, a, b), expected)
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["rows", "tokens"])

@@ -17,12 +17,16 @@ from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import split
 
 
-def update(
-    x: Float[Tensor, "pb ... i"], a: Float[Tensor, "p i r"], b: Float[Tensor, "p r o"]
+def add_update(
+    output: Float[Tensor, "pb ... o"],
+    x: Float[Tensor, "pb ... i"],
+    a: Float[Tensor, "p i r"],
+    b: Float[Tensor, "p r o"],
 ) -> Float[Tensor, "pb ... o"]:
-    """x_p·A_p·B_p for the rows of every stream."""
-    rows = split(x, a.shape[0]).flatten(1, -2)  # (p, B·T, in)
-    return (rows @ a.to(x.dtype) @ b.to(x.dtype)).view(*x.shape[:-1], -1)
+    """output_p + x_p·A_p·B_p for the rows of every stream."""
+    low = _by_stream(x, a.shape[0]) @ a.to(x.dtype)  # (p, B·T, r)
+    added = torch.baddbmm(_by_stream(output, a.shape[0]), low.to(output.dtype), b.to(output.dtype))
+    return added.view(output.shape)
 
 
 def check(model: Any, calibration: Calibration) -> None:
@@ -38,7 +42,7 @@ def attach(model: Any, state: StreamState) -> None:
         projection.stream_state = state
         projection.stream_lora_a = nn.Parameter(torch.empty(streams, size_in, rank, **place))
         projection.stream_lora_b = nn.Parameter(torch.empty(streams, rank, size_out, **place))
-        projection.stream_lora_hook = projection.register_forward_hook(_add_update)
+        projection.stream_lora_hook = projection.register_forward_hook(_use_update)
 
 
 def detach(model: Any) -> None:
@@ -68,7 +72,10 @@ def _start(module: Any) -> None:
         initialization.zeros_(module.stream_lora_b)
 
 
-def _add_update(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _use_update(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     active = module.stream_state.active
-    added = update(args[0], module.stream_lora_a[:active], module.stream_lora_b[:active])
-    return output + added.to(output.dtype)
+    return add_update(output, args[0], module.stream_lora_a[:active], module.stream_lora_b[:active])
+
+
+def _by_stream(x: Float[Tensor, "pb ... d"], streams: int) -> Float[Tensor, "p n d"]:
+    return split(x, streams).flatten(1, -2)
