@@ -42,6 +42,15 @@ def test_streams_are_added_to_a_trained_model(stage: str, base: Path, text: Pack
     assert not list(tmp_path.glob(".*")), "nothing temporary may stay behind"
 
 
+def test_the_log_tells_gradients_and_weights(base: Path, text: PackedText, tmp_path: Path) -> None:
+    result = train(run("retrofit", tmp_path / "out", model=str(base), streams=STREAMS), data=text)
+    logged = next(row for row in result.history if "loss" in row)
+    assert {"gradients/backbone", "gradients/head", "gradients/streams", "streams/weight_1"} <= logged.keys()
+    parts = [value for name, value in logged.items() if name.startswith("gradients/")]
+    # the Trainer's norm is taken before it clips to 1
+    assert sum(part**2 for part in parts) ** 0.5 == pytest.approx(min(1.0, logged["grad_norm"]), rel=1e-3)
+
+
 def test_a_run_is_repeatable_to_the_last_bit(base: Path, text: PackedText, tmp_path: Path) -> None:
     for name in ("a", "b"):
         train(run("retrofit", tmp_path / name, model=str(base), streams=STREAMS), data=text)

@@ -1,8 +1,8 @@
 """The main claim in ten minutes: a small model gains from parallel streams on real text, against the honest control.
 
-Pretrains a plain base, then gives it stage 2 several times with the same tokens in the same order: P=1 with the streams'
-prefix (the control), P=1 with as many LoRA parameters as the most streams have (what the parameters alone do), and P=2
-and P=4. Knows the demo's settings for each kind of machine.
+Pretrains a plain base, then gives it stage 2 several times with the same tokens in the same order: P=1 with the
+streams' prefix (the control), P=1 with as many LoRA parameters as the most streams have (what the parameters alone do),
+P=2 and P=4. Knows the demo's settings for each kind of machine.
 """
 
 import json
@@ -23,9 +23,10 @@ from parscale.errors import InputError
 from parscale.experiments.report import write_demo_report
 from parscale.generate import complete
 from parscale.load import load_model, load_tokenizer
+from parscale.probe import StreamProbe, probe_streams
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import STDLIB
-from parscale.train.data import load_text
+from parscale.train.data import PackedText, load_text
 from parscale.train.trainer import TrainResult, check_output, train
 
 Scale = Literal["auto", "smoke", "cpu", "gpu"]
@@ -65,6 +66,7 @@ class Row:
     seed: int
     validation_loss: float
     gain: float | None
+    error_correlation: float | None
     cosine: float | None
     effective_streams: float | None
     weights: list[float] | None
@@ -140,7 +142,8 @@ def run_demo(
             data=text,
             title=name,
         )
-    rows = _rows(results)
+    probes = _probe(output, text, [name for name, result in results.items() if result.streams["streams"] > 1])
+    rows = _rows(results, probes)
     _print_table(console, rows)
     completions = _complete(console, output, ["control", *(row.name for row in rows if row.streams > 1)])
     record = {
@@ -149,7 +152,7 @@ def run_demo(
         "corpus": list(data),
         "completions": completions,
         "history": {name: result.history for name, result in results.items()},
-        "probes": {name: result.probe for name, result in results.items()},
+        "probes": {name: probe.to_dict() for name, probe in probes.items()},
         "seconds": round(time.monotonic() - started, 1),
         "machine": machine(),
     }
@@ -192,11 +195,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _rows(results: dict[str, TrainResult]) -> list[Row]:
+def _probe(output: Path, text: PackedText, names: list[str]) -> dict[str, StreamProbe]:
+    ids = torch.as_tensor(text.validation[:64]["input_ids"])
+    control = load_model(output / folder_of("control"))
+    return {name: probe_streams(load_model(output / folder_of(name)), ids, control=control) for name in names}
+
+
+def _rows(results: dict[str, TrainResult], probes: dict[str, StreamProbe]) -> list[Row]:
     control = results["control"].validation_loss
     rows = []
     for name, result in results.items():
-        probe = result.probe or {}
+        probe = probes.get(name)
         rows.append(
             Row(
                 name=name,
@@ -204,10 +213,11 @@ def _rows(results: dict[str, TrainResult]) -> list[Row]:
                 tokens=result.tokens,
                 seed=result.seed,
                 validation_loss=result.validation_loss,
-                gain=control - result.validation_loss if name.startswith("P=") else None,
-                cosine=probe.get("cosine"),
-                effective_streams=probe.get("effective_streams"),
-                weights=probe.get("weights"),
+                gain=None if name in ("base", "control") else control - result.validation_loss,
+                error_correlation=probe.error_correlation if probe else None,
+                cosine=probe.cosine if probe else None,
+                effective_streams=probe.effective_streams if probe else None,
+                weights=probe.weights if probe else None,
                 stream_parameters=result.stream_parameters,
                 seconds=result.seconds,
             )
@@ -218,9 +228,9 @@ def _rows(results: dict[str, TrainResult]) -> list[Row]:
 def _print_table(console: Console, rows: list[Row]) -> None:
     table = Table(
         title="Validation loss, nats per token, after stage 2 on the same base with the same tokens",
-        caption="gain: loss below the control's. parameters: what the streams added. weights: of the merged streams.",
+        caption="gain: below the control. ρ: correlation of the streams' errors. parameters: what the streams added.",
     )
-    for column in ("model", "loss", "gain", "cosine", "weights", "parameters", "s"):
+    for column in ("model", "loss", "gain", "ρ", "weights", "parameters", "s"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     names = {"base": "base, before stage 2", "control": "control: P=1 + prefix"}
     for row in rows:
@@ -228,7 +238,7 @@ def _print_table(console: Console, rows: list[Row]) -> None:
             names.get(row.name, row.name),
             f"{row.validation_loss:.4f}",
             "" if row.gain is None else f"{row.gain:+.4f}",
-            "" if row.cosine is None else f"{row.cosine:.3f}",
+            "" if row.error_correlation is None else f"{row.error_correlation:.2f}",
             "/".join(f"{w:.2f}" for w in row.weights or []),
             f"{row.stream_parameters:,}",
             f"{row.seconds:.0f}",

@@ -19,7 +19,7 @@ svg { width: 100%; height: auto; }
 def write_demo_report(record: dict[str, Any]) -> str:
     """The demo's `report.html`, from what `demo.json` holds."""
     rows = record["rows"]
-    gains = {row["name"]: row["gain"] for row in rows if row["gain"] is not None}
+    gains = {row["name"]: row["gain"] for row in rows if row["streams"] > 1}
     best = max(gains, key=lambda name: gains[name])
     sentence = (
         f"{best} ends {abs(gains[best]):.4f} nats per token {'below' if gains[best] > 0 else 'above'} the control: "
@@ -32,14 +32,14 @@ def write_demo_report(record: dict[str, Any]) -> str:
         '<p class="note">One seed. How much it moves from seed to seed, and what was tried, stands in LOG.md.</p>',
         table(
             "Validation loss after stage 2",
-            ("model", "loss (nats)", "gain over control", "cosine", "effective streams", "weights", "added parameters"),
+            ("model", "loss (nats)", "gain over control", "ρ of errors", "cosine", "weights", "added parameters"),
             [
                 (
                     row["name"],
                     f"{row['validation_loss']:.4f}",
                     "" if row["gain"] is None else f"{row['gain']:+.4f}",
+                    "" if row["error_correlation"] is None else f"{row['error_correlation']:.2f}",
                     "" if row["cosine"] is None else f"{row['cosine']:.3f}",
-                    "" if row["effective_streams"] is None else f"{row['effective_streams']:.2f}",
                     " / ".join(f"{w:.2f}" for w in row["weights"] or []),
                     f"{row['stream_parameters']:,}",
                 )

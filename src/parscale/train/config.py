@@ -40,8 +40,8 @@ class TrainConfig:
         stage: pretrain (everything from scratch), retrofit (all weights of a trained model, streams added), or frozen
             (only what the streams add).
         output: folder for the trained model, tokenizer and `train.json`; it must not hold anything yet.
-        model: pretrain: a shape (pico, nano, micro, mini, small, base), or whose configuration to use; retrofit and frozen:
-            the trained model. A folder or a hub name.
+        model: pretrain: a shape (pico, nano, micro, mini, small, base), or whose configuration to use; retrofit and
+            frozen: the trained model. A folder or a hub name.
         streams: the streams (their fields are flags of their own).
         data: text: a folder, files (txt, md, py, jsonl, jsonl.zst, parquet), a data set's name, or "stdlib", the
             Python standard library's own source.

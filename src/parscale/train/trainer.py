@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -68,6 +69,8 @@ class StreamsTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.rates = rates
         self.watch = watch
+        self.gradients: dict[str, float] = {}
+        self.add_callback(_GradientNorms(self.gradients))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's own optimizer class over `stages.parameter_groups`."""
@@ -79,6 +82,8 @@ class StreamsTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the streams do now to every training log."""
+        if "loss" in logs:
+            logs |= self.gradients
         if "loss" in logs and (seen := self.probe()) is not None:
             logs |= {f"streams/weight_{i}": w for i, w in enumerate(seen.weights)}
             logs |= {"streams/effective": seen.effective_streams, "streams/cosine": seen.cosine or 0.0}
@@ -90,6 +95,21 @@ class StreamsTrainer(Trainer):
         if self.watch is None or not isinstance(model, StreamsForCausalLM) or model.streams == 1:
             return None
         return probe_streams(model, self.watch)
+
+
+class _GradientNorms(TrainerCallback):
+    """Keeps the gradient's norm in each parameter group, for the log of the same step. Clipping is done by then."""
+
+    def __init__(self, norms: dict[str, float]) -> None:
+        self.norms = norms
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if (state.global_step + 1) % state.logging_steps:
+            return
+        for group in optimizer.param_groups:
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if gradients:
+                self.norms[f"gradients/{group['name']}"] = torch.nn.utils.get_total_norm(gradients).item()
 
 
 def train(config: TrainConfig, *, data: PackedText | None = None, title: str | None = None) -> TrainResult:
