@@ -4,13 +4,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from parscale import InputError
+from parscale.streams.paged import OLDEST
 from tests.small import NEW, build, uncached, with_streams
 
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST,
+    reason="an older transformers: refused, see test_dynamic.py",
+)
 GREEDY = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
 LENGTHS = (9, 2, 7, 16, 5, 1)
 

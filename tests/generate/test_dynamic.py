@@ -111,6 +111,12 @@ def test_a_prompt_longer_than_the_context_is_refused(model: Any, by: str) -> Non
         calls[by]()
 
 
+def test_continuous_batching_on_an_older_transformers_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
+    with pytest.raises(InputError, match=r"needs transformers >= 5\.23; this is 5\.17\.0"):
+        model.init_continuous_batching()
+
+
 def test_a_rope_that_stretches_may_go_beyond() -> None:
     scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     model = with_streams(build(rope_parameters=scaling))

@@ -8,6 +8,7 @@ serves all requests.
 import copy
 from typing import Any
 
+import transformers
 from jaxtyping import Float
 from torch import Tensor
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
@@ -20,6 +21,10 @@ from parscale.streams.order import fold_into_heads, unfold_from_heads
 
 KEPT = "_cached_continuous_batching_manager"
 """Where transformers keeps a manager that was asked to stay."""
+
+
+OLDEST = (5, 23)
+"""The transformers from which on its paged cache is as this file takes it to be."""
 
 
 class FoldedCache(PagedAttentionCache):
@@ -52,8 +57,8 @@ class FoldedModel(ContinuousMixin):
         model: one of the same weights with a p of its own: managers of one model may differ, each in its thread.
 
     Raises:
-        InputError: layers whose keys and values a paged cache cannot hold, or an attention implementation that it
-            cannot be used with.
+        InputError: layers whose keys and values a paged cache cannot hold, an attention implementation that it cannot
+            be used with, or a transformers that is too old.
     """
 
     _supports_flash_attn = False  # its kernels read the paged cache themselves, without the prefix
@@ -77,6 +82,11 @@ class FoldedModel(ContinuousMixin):
 
 
 def _folded_config(model: Any) -> Any:
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        raise InputError(
+            f"continuous batching with streams needs transformers >= {needed}; this is {transformers.__version__}"
+        )
     streams, config = model.streams, copy.deepcopy(model.config.get_text_config())
     asked = config._attn_implementation
     if asked.removeprefix(TAG) not in ("sdpa", "eager") or asked == "eager":  # plain eager would ignore a paged cache
