@@ -10,8 +10,7 @@ from parscale.train.config import Rates
 from parscale.train.stages import count_stream_parameters, freeze_backbone, is_diversifier, parameter_groups
 
 
-@pytest.fixture
-def model():
+def plain():
     config = Qwen2Config(
         hidden_size=32,
         intermediate_size=64,
@@ -22,8 +21,12 @@ def model():
         bos_token_id=None,
         eos_token_id=None,
     )
-    plain = AutoModelForCausalLM.from_config(config)
-    return parscale.parallelize(plain, parscale.StreamsConfig(2, 4, diversify=("prefix", "embedding")))
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture
+def model():
+    return parscale.parallelize(plain(), parscale.StreamsConfig(2, 4, diversify=("prefix", "embedding")))
 
 
 def test_frozen_allocates_no_gradient_for_the_backbone(model) -> None:
@@ -69,3 +72,18 @@ def test_stream_parameters_are_what_the_paper_counts(model) -> None:
 def test_rates_that_train_nothing_or_diverge_are_refused(rates) -> None:
     with pytest.raises(InputError, match="learning_rate"):
         Rates(*rates)
+
+
+def test_updates_of_the_projections_belong_to_the_streams() -> None:
+    updates = parscale.StreamsConfig(2, diversify=("lora", "rank1"), lora_rank=3)
+    model = parscale.parallelize(plain(), updates)
+    # on q, k, v and gate, up: r·(in + out) a stream for lora, in + out for rank1
+    updated, head = 2 * 2 * (3 + 1) * (3 * (32 + 32) + 2 * (32 + 64)), 2 * 32 * 32 + 32 + 32 * 2 + 2
+    assert count_stream_parameters(model) == updated + head
+    freeze_backbone(model, "frozen")
+    ids = torch.randint(0, 64, (2, 8))
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"stream_lora_a", "stream_lora_b", "stream_scale_in", "stream_scale_out", "weight", "bias"}
+    groups = {group["name"]: group for group in parameter_groups(model, Rates(1e-3, 1e-2, 0.1))}
+    assert sum(p.numel() for p in groups["streams"]["params"]) == updated
