@@ -97,7 +97,109 @@ def probe(
     probe_model(model, data=data, control=control, sequences=sequences, block_size=block_size, as_json=json)
 
 
-VERBS: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "probe": probe}
+def law_fit(
+    runs: Annotated[Path | None, tyro.conf.Positional] = None,
+    paper: Literal["stack", "pile"] | None = None,
+    form: Literal["paper", "outside", "power", "saturating", "growing", "chinchilla", "data"] = "paper",
+    rivals: bool = True,
+    bootstrap: int = 400,
+    seed: int = 0,
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Fit L(N, P) = E + (A·1e9/(N·(k·ln P + 1)))^α, with intervals, residuals, held-out errors and rival forms.
+
+    Args:
+        runs: CSV with the columns params (non-embedding, those of the streams included), streams, loss; optional
+            tokens, seed, size.
+        paper: instead of a CSV, the paper's own 24 losses on this corpus.
+        form: of law to fit.
+        rivals: compare all forms by cross-validation.
+        bootstrap: refits for the 95 % intervals.
+        seed: of the bootstrap.
+        plot: write loss against N, contours and residuals to this .png, .svg or .pdf.
+        json: print JSON instead of tables.
+    """
+    from parscale.law.report import report_fit
+
+    report_fit(_law_source(runs, paper), form, bootstrap, seed, rivals, plot, json)
+
+
+def law_predict(
+    params: tuple[float, ...],
+    streams: tuple[int, ...] = (1, 2, 4, 8),
+    law: str = "stack",
+    tokens: float | None = None,
+    json: bool = False,
+) -> None:
+    """The loss that a law predicts for every N and P asked for, marked where it is extrapolated.
+
+    Args:
+        params: non-embedding parameters, e.g. 1.6e9.
+        streams: P.
+        law: "stack" or "pile", fitted to the paper's losses, or a CSV of runs.
+        tokens: training tokens; a CSV with a tokens column is then fitted with the data term.
+        json: print JSON instead of a table.
+    """
+    from parscale.law.report import print_predictions
+
+    print_predictions(law, params, streams, tokens, json, ("params", "streams", "loss", "extrapolated"))
+
+
+def law_equivalent(
+    params: tuple[float, ...],
+    streams: tuple[int, ...] = (2, 4, 8),
+    law: str = "stack",
+    tokens: float | None = None,
+    json: bool = False,
+) -> None:
+    """Which dense N has the loss of (N, P), and φ of N·P^φ, for comparison with looped models.
+
+    Args:
+        params: non-embedding parameters, e.g. 1.6e9.
+        streams: P.
+        law: "stack" or "pile", fitted to the paper's losses, or a CSV of runs.
+        tokens: training tokens; a CSV with a tokens column is then fitted with the data term.
+        json: print JSON instead of a table.
+    """
+    from parscale.law.report import print_predictions
+
+    columns = ("params", "streams", "loss", "dense_params", "ratio", "exponent", "extrapolated")
+    print_predictions(law, params, streams, tokens, json, columns)
+
+
+def law_claim(json: bool = False, plot: Path | None = None) -> None:
+    """Derive the paper's "22x less memory, 6x less latency" from its losses, with every assumption and the variants.
+
+    Args:
+        json: print JSON (memory_ratio, latency_ratio, assumptions, variants) instead of text.
+        plot: write the figure to this .png, .svg or .pdf.
+    """
+    from parscale.law.claim import report_claim
+
+    report_claim(json, plot)
+
+
+LawTask = Annotated[
+    Annotated[Any, tyro.conf.subcommand("fit", constructor=law_fit)]
+    | Annotated[Any, tyro.conf.subcommand("predict", constructor=law_predict)]
+    | Annotated[Any, tyro.conf.subcommand("equivalent", constructor=law_equivalent)]
+    | Annotated[Any, tyro.conf.subcommand("claim", constructor=law_claim)],
+    tyro.conf.arg(name=""),
+]
+
+
+def law(task: LawTask) -> None:
+    """The parallel scaling law: fit it to runs, predict with it, and check what the paper claims from it."""
+
+
+def _law_source(runs: Path | None, paper: str | None) -> str:
+    if (runs is None) == (paper is None):
+        raise InputError("give either a CSV of runs or --paper stack|pile")
+    return str(paper or runs)
+
+
+VERBS: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "probe": probe, "law": law}
 
 
 def main(argv: list[str] | None = None) -> int:
