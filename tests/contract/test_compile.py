@@ -11,6 +11,7 @@ from tests.contract.families import FAMILIES
 FEW = ("qwen2", "llama", "gpt2")
 
 
+@pytest.mark.slow
 def test_compiles_without_a_break() -> None:
     _compile("eager", *FEW)
 
