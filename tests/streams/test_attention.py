@@ -1,4 +1,4 @@
-"""A prefix in front of the keys, against attention written out: every mask, every implementation, one token and many."""
+"""A prefix in front of the keys, against attention written out: every mask, every implementation, any length."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +31,7 @@ Layer.__module__ = "transformers.models.llama.modeling_llama"  # where eager's f
 
 
 def by_hand(layer: Layer, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
-    """softmax(q·[prefix_k; k]/√D)·[prefix_v; v] row by row in float64; `allowed` (T, S) or (B, T, S) for real tokens."""
+    """softmax(q·[prefix_k; k]/√D)·[prefix_v; v] row by row, float64; `allowed` (T, S) or (B, T, S) for real tokens."""
     out = torch.zeros(query.shape[0], query.shape[2], H, value.shape[-1], dtype=torch.float64)
     for row in range(query.shape[0]):
         stream, b = divmod(row, B)

@@ -3,6 +3,8 @@
 Knows the released tensor names `aggregate_layer.0|2` and the input order: hidden-major, stream-minor, `b s (h p)`.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ class AggregationHead(nn.Sequential):
     The last layer starts at zero, so every stream starts with weight 1/P and gets its share of the gradient.
     """
 
-    def __init__(self, streams: int, hidden_size: int, **factory: torch.device | torch.dtype | None) -> None:
+    def __init__(self, streams: int, hidden_size: int, **factory: Any) -> None:
         super().__init__(
             nn.Linear(streams * hidden_size, hidden_size, **factory),
             nn.SiLU(),
@@ -27,7 +29,7 @@ class AggregationHead(nn.Sequential):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A random first layer (std 1/√fan_in, bias 0) and a last layer of zeros: equal weights at step 0."""
-        first, _, last = self
+        first, _, last = self._layers()
         first.weight.normal_(std=first.in_features**-0.5)
         first.bias.zero_()
         last.weight.zero_()
@@ -36,13 +38,16 @@ class AggregationHead(nn.Sequential):
     def forward(self, hidden: Float[Tensor, "p b t d"]) -> Float[Tensor, "b t p"]:
         """Logits of the streams' weights. With p < P streams the absent ones read as zero in the first layer."""
         active = hidden.shape[0]
-        first, activation, last = self
+        first, activation, last = self._layers()
         x = hidden.permute(1, 2, 3, 0).flatten(2)  # (B, T, d·p)
         if active == self.streams:
             return super().forward(x)
         # (d, D·P) → (d, D·p): leaving columns out is the same as feeding zeros, and cheaper.
         columns = first.weight.unflatten(1, (-1, self.streams))[..., :active].flatten(1)
         return F.linear(activation(F.linear(x, columns, first.bias)), last.weight[:active], last.bias[:active])
+
+    def _layers(self) -> Any:
+        return tuple(self)
 
 
 def stream_weights(

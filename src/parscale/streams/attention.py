@@ -34,26 +34,24 @@ class StreamState:
     Attributes:
         config: what the model was given.
         active: p, how many of the P streams run now.
-        generated: layer index → this step's (keys, values) while a `PrefixGenerator` makes them; else empty.
+        generator: makes the prefixes of each layer while it is there (`PrefixGenerator`); else they are the banks.
         merging: False lets the backbone return the P·B rows of its streams as they are, for a look at each stream.
     """
 
     def __init__(self, config: StreamsConfig) -> None:
         self.config = config
         self.active = config.streams
-        self.generated: dict[int, tuple[Tensor, Tensor]] = {}
+        self.generator: Callable[[int], tuple[Tensor, Tensor]] | None = None
         self.merging = True
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"generated": {}}  # tensors inside a graph can be neither copied nor pickled
 
-
-def prefix_of(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+def prefix_of(module: Any) -> tuple[Tensor, Tensor] | None:
     """The active streams' prefix of one attention module, (p, H, n, Dk) and (p, H, n, Dv); None if it has none."""
     if getattr(module, "prefix_k", None) is None:
         return None
     state = module.stream_state
-    keys, values = state.generated.get(module.layer_idx) or (module.prefix_k, module.prefix_v)
+    # Made in the layer itself: reentrant checkpointing frees whatever graph it reaches from within one.
+    keys, values = state.generator(module.layer_idx) if state.generator else (module.prefix_k, module.prefix_v)
     return keys[: state.active], values[: state.active]
 
 

@@ -21,7 +21,7 @@ from parscale.streams.diversify.prefix import PrefixGenerator
 from parscale.streams.generation import StreamsGeneration
 from parscale.streams.merge import merge
 from parscale.streams.order import duplicate, duplicate_mask, duplicate_positions, split
-from parscale.streams.tensors import belongs_to_streams, check_readable, refuse
+from parscale.streams.tensors import belongs_to_streams, check_readable, refuse, stream_tensors
 
 
 def check_attention(model: PreTrainedModel, implementation: str) -> str:
@@ -58,6 +58,8 @@ class StreamsBackbone(_CarriesPrefix):
     stream_state: StreamState
     aggregate_layer: AggregationHead | None
     prefix_generator: PrefixGenerator | None
+    stream_embedding: nn.Parameter
+    get_input_embeddings: Any
     config: Any
 
     def forward(  # the names that every decoder backbone of transformers shares
@@ -74,13 +76,10 @@ class StreamsBackbone(_CarriesPrefix):
         settings = self.stream_state.config
         if settings.has_prefix and position_ids is None:
             position_ids = _positions(attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
-        if self.prefix_generator is not None:
-            self.stream_state.generated = self.prefix_generator()
         p = self.stream_state.active
         if settings.has_embedding:
-            vectors = self.stream_embedding
             embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            input_ids, inputs_embeds = None, embedding.add(duplicate(embeds, p), vectors, p)
+            input_ids, inputs_embeds = None, embedding.add(duplicate(embeds, p), self.stream_embedding, p)
         elif p > 1:
             input_ids = None if input_ids is None else duplicate(input_ids, p)
             inputs_embeds = None if inputs_embeds is None else duplicate(inputs_embeds, p)
@@ -122,14 +121,13 @@ class StreamsBackbone(_CarriesPrefix):
         for diversifier in protocol.ALL.values():
             diversifier.reset(module, std)
         if isinstance(module, AggregationHead):
-            init.zeros_(module[2].weight)
+            init.zeros_(module[2].weight)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def write_generated_prefixes(self) -> None:
         """Copy what the prefix generator makes now into the banks, where inference and checkpoints find it."""
-        made = self.prefix_generator()  # type: ignore[misc]
         for module in prefix.modules_with_prefix(self).values():  # type: ignore[arg-type]
-            keys, values = made[module.layer_idx]
+            keys, values = self.prefix_generator(module.layer_idx)  # type: ignore[misc]
             module.prefix_k.copy_(keys)
             module.prefix_v.copy_(values)
 
@@ -137,8 +135,7 @@ class StreamsBackbone(_CarriesPrefix):
         """Keep the generated prefixes as plain parameters and drop the generator (paper, supplement)."""
         if self.prefix_generator is not None:
             self.write_generated_prefixes()
-            self.stream_state.generated = {}
-            self.prefix_generator = None
+            self.stream_state.generator = self.prefix_generator = None
 
 
 class StreamsForCausalLM(StreamsGeneration, _CarriesPrefix):
@@ -153,7 +150,8 @@ class StreamsForCausalLM(StreamsGeneration, _CarriesPrefix):
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """transformers' own, which would only warn of streams that start at random.
+        """transformers' own, which would only warn of streams that start at random. They do where they must: when a
+        plain checkpoint is given streams by keyword (`parscale_n=4`); `parallelize` starts them better.
 
         Raises:
             InputError: stream tensors that are missing, unexpected or of another shape; a corrupt safetensors file.
@@ -167,9 +165,15 @@ class StreamsForCausalLM(StreamsGeneration, _CarriesPrefix):
             )
         except SafetensorError as error:
             raise InputError(f"{source}: a corrupt or cut short safetensors file, fetch it again ({error})") from None
+        missing = set(filter(belongs_to_streams, info["missing_keys"]))
+        if model.config.model_type != cls.config_class.model_type:  # type: ignore[attr-defined]
+            # A plain checkpoint, loaded with `parscale_n=…`: its config keeps the base's model_type, and its streams
+            # are those that `_init_weights` started.
+            model.config.model_type = cls.config_class.model_type  # type: ignore[attr-defined]
+            missing -= stream_tensors(model).keys()
         refuse(
             source,
-            missing=filter(belongs_to_streams, info["missing_keys"]),
+            missing=missing,
             extra=filter(belongs_to_streams, info["unexpected_keys"]),
             misshaped=[m for m in info["mismatched_keys"] if belongs_to_streams(m[0]) or not ignore_mismatched_sizes],
         )

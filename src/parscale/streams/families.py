@@ -47,7 +47,7 @@ def register_family(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTr
     """
     try:
         plain_config = CONFIG_MAPPING[model_type]
-        plain_lm = MODEL_FOR_CAUSAL_LM_MAPPING[plain_config]
+        plain_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[plain_config]
     except KeyError:
         raise InputError(f"model_type={model_type!r}: transformers has no causal language model of that type") from None
     stem = plain_config.__name__.removesuffix("Config") + "ParScale"

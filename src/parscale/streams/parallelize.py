@@ -117,7 +117,7 @@ def check_model(model: Any) -> str:
         raise InputError(f"{name} is not a causal language model of transformers; load it with AutoModelForCausalLM")
     if any(p.is_meta for p in model.parameters()):
         raise InputError(f"{name} has parameters on the meta device; load its weights before giving it streams")
-    implementation = model.config._attn_implementation
+    implementation: Any = model.config._attn_implementation
     check_attention(model, implementation)
     return implementation
 

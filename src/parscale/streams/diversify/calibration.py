@@ -87,12 +87,15 @@ def random_tokens(model: Any, rows: int = 4, length: int = 64) -> Int[Tensor, "b
 
 
 def own_text(model: Any) -> Int[Tensor, "b t"]:
-    """What the model itself writes, half of the rows from its first token of every text (if it has one), the others
-    from random ones: the nearest thing to real text that needs no data.
+    """What the model itself writes: the nearest thing to real text that needs no data.
+
+    Every other row begins as its texts do, if it knows a token for that; the others lose the few tokens that
+    follow a random one, and begin in the middle of something.
     """
     ids = random_tokens(model, rows=8, length=128)
     length, ids = ids.shape[1], ids[:, :1]
-    if (start := model.generation_config.bos_token_id) is not None:
+    start = model.generation_config.bos_token_id
+    if start is not None:
         ids[::2] = start
     step, cache = ids, None
     devices = [model.device] if model.device.type == "cuda" else []
@@ -103,7 +106,9 @@ def own_text(model: Any) -> Int[Tensor, "b t"]:
             sampled = output.logits[:, -1].float().softmax(-1).multinomial(1)
             ids, cache = torch.cat([ids, sampled], dim=1), output.past_key_values
             step = ids if cache is None else sampled
-    return ids
+    lost = min(8, length // 2)
+    beginnings, middles = ids[:, : length - lost], ids[:, lost:]
+    return middles if start is None else torch.cat([beginnings[::2], middles[1::2]])
 
 
 @contextmanager

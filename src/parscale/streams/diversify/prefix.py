@@ -5,7 +5,7 @@ Knows where the prefix tensors live (`<attention module>.prefix_k|prefix_v`, sha
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -81,8 +81,10 @@ def init(model: Any, calibration: Calibration) -> None:
     if settings.prefix_init == "reparameterized":
         width = model.get_input_embeddings().embedding_dim
         generator = PrefixGenerator(layers.values(), settings.streams, settings.prefix_tokens, width)
-        generator.match({layers[name].layer_idx: layer for name, layer in calibration.layers.items()})
+        for name, module in layers.items():
+            generator.match(module.layer_idx, calibration.layers[name])
         backbone.prefix_generator = generator.to(device=model.device, dtype=model.dtype)
+        backbone.stream_state.generator = backbone.prefix_generator
         backbone.write_generated_prefixes()
 
 
@@ -174,8 +176,8 @@ def _keys_that_draw_least(statistics: LayerStatistics, tokens: int, ridge: float
 class PrefixGenerator(nn.Module):
     """Makes all layers' prefixes during training: learned vectors → Tanh MLP → keys and values (paper, supplement).
 
-    A small shared vector behind every layer's prefix makes their gradients agree. `fold` writes the result into the
-    banks; the saved model has no generator.
+    A small shared vector behind every layer's prefix makes their gradients agree. `fold_prefix_generator` writes the
+    result into the banks; the saved model has no generator.
 
     Args:
         layers: the attention modules that carry a bank.
@@ -189,34 +191,23 @@ class PrefixGenerator(nn.Module):
         self.shapes = {m.layer_idx: (m.prefix_k.shape[1], m.prefix_k.shape[3], m.prefix_v.shape[3]) for m in layers}
         self.vectors = nn.Parameter(torch.randn(streams, tokens, width))
         self.hidden = nn.Linear(width, width)
-        self.out = nn.Linear(width, sum(heads * (dk + dv) for heads, dk, dv in self.shapes.values()))
+        self.out = nn.ModuleDict(
+            {str(layer): nn.Linear(width, heads * (dk + dv)) for layer, (heads, dk, dv) in self.shapes.items()}
+        )
 
-    def forward(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Layer index → (keys (P, Hk, n, Dk), values (P, Hk, n, Dv))."""
-        flat = self.out(torch.tanh(self.hidden(self.vectors)))  # (P, n, all layers)
-        sizes = [part for heads, dk, dv in self.shapes.values() for part in (heads * dk, heads * dv)]
-        parts = iter(flat.split(sizes, dim=-1))
-        return {
-            layer: (
-                next(parts).unflatten(-1, (heads, dk)).transpose(1, 2),
-                next(parts).unflatten(-1, (heads, dv)).transpose(1, 2),
-            )
-            for layer, (heads, dk, dv) in self.shapes.items()
-        }
+    def forward(self, layer: int) -> tuple[Float[Tensor, "p hk n dk"], Float[Tensor, "p hk n dv"]]:
+        """Keys and values of the attention module with this layer index."""
+        heads, dk, dv = self.shapes[layer]
+        flat = self.out[str(layer)](torch.tanh(self.hidden(self.vectors)))  # (P, n, Hk·(Dk + Dv))
+        keys, values = flat.split((heads * dk, heads * dv), dim=-1)
+        return keys.unflatten(-1, (heads, dk)).transpose(1, 2), values.unflatten(-1, (heads, dv)).transpose(1, 2)
 
     @torch.no_grad()
-    def match(self, statistics: Mapping[int, LayerStatistics]) -> None:
-        """Scale the output layer so that each layer's generated keys and values start spread like its own."""
-        rows = 0
-        made = self()
-        for layer, (heads, dk, dv) in self.shapes.items():
-            s = statistics[layer]
-            for bank, mean, std, size in (
-                (made[layer][0], s.key_mean, s.key_std, heads * dk),
-                (made[layer][1], s.value_mean, s.value_std, heads * dv),
-            ):
-                gain = (std / bank.std(dim=(0, 2)).clamp(min=1e-6).to(std)).flatten()  # (Hk·D,)
-                block = slice(rows, rows + size)
-                self.out.weight[block].mul_(gain[:, None].to(self.out.weight))
-                self.out.bias[block] = mean.flatten().to(self.out.bias)
-                rows += size
+    def match(self, layer: int, statistics: LayerStatistics) -> None:
+        """Scale the output so that the layer's generated keys and values start spread like its own."""
+        keys, values = self(layer)
+        own = torch.cat([statistics.key_std.flatten(), statistics.value_std.flatten()])  # (Hk·(Dk + Dv),)
+        made = torch.cat([keys.std((0, 2)).flatten(), values.std((0, 2)).flatten()])
+        out: Any = self.out[str(layer)]
+        out.weight.mul_((own.to(made) / made.clamp(min=1e-6))[:, None])
+        out.bias.copy_(torch.cat([statistics.key_mean.flatten(), statistics.value_mean.flatten()]))
