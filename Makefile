@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 SOURCES := $(shell find src -name '*.py')
 TESTS := $(shell find tests -name 'test_*.py' | sort)
 
@@ -12,13 +14,18 @@ TESTS := $(shell find tests -name 'test_*.py' | sort)
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(READY): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "parscale needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11 ...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "installing into $(VENV) (a minute or two) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) .
 	@touch $@
 
-demo: $(READY)  ## Watch a small model gain from parallel streams on real text (10 minutes on 2 CPU cores)
+$(READY): $(INSTALLED)
+	@$(PIP) '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Watch a small model gain from parallel streams on real text (10 minutes on 2 CPU cores)
 	$(BIN)/parscale demo $(ARGS)
 
 test: $(READY)  ## The fast tests (under 10 minutes on 2 cores)

@@ -96,12 +96,20 @@ def main() -> None:
                 "start_loss": round(result.start_loss, 4),
                 "validation_loss": round(result.validation_loss, 4),
                 "stream_parameters": result.stream_parameters,
+                "at_100_steps": _after(result.history, 100),
                 "probe": result.probe,
                 "seconds": round(result.seconds, 1),
                 "machine": machine(),
             }
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _after(history: list[dict], step: int) -> dict:
+    """The first training log from `step` on: gradient norms by parameter group, and the streams' cosine."""
+    row = next(row for row in history if row["step"] >= step and "loss" in row)
+    wanted = ("step", "streams/cosine", "streams/effective", "gradients/streams", "gradients/backbone")
+    return {name: round(row[name], 5) for name in wanted if name in row}
 
 
 def _rows(path: Path) -> list[dict]:
