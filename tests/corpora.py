@@ -1,15 +1,14 @@
 """Real text that every machine has: a few modules of the Python standard library."""
 
-import inspect
-import shutil
-from pathlib import Path
-
 import argparse
 import ast
 import calendar
 import csv
+import inspect
 import json.decoder
+import shutil
 import textwrap
+from pathlib import Path
 
 MODULES = (argparse, ast, calendar, csv, json.decoder, textwrap)
 
