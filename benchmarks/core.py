@@ -70,7 +70,7 @@ def main() -> None:
     prompt = torch.randint(0, 32000, (options.batch, options.prompt), device=device)
     cases = {"plain": Case(plain, 0, prompt)} | {f"P={p}": Case(streamed, p, prompt) for p in (1, 2, 4, 8)}
     rows = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for phase, rounds in (("prefill", max(3, options.rounds // 3)), ("decode", options.rounds)):
             times = interleaved({name: getattr(case, phase) for name, case in cases.items()}, rounds)
             for name, seconds in times.items():

@@ -18,6 +18,7 @@ from parscale.config import PREFIX_SHAPES
 from parscale.errors import InputError
 from parscale.streams.attention import StreamState
 from parscale.streams.diversify.calibration import Calibration, LayerStatistics, evaluating
+from parscale.streams.diversify.projections import place_of
 
 NEAR_IDENTITY_NATS = 1e-3
 """What a near-identity start may cost: mean KL divergence from the plain model's predictions, in nats per token."""
@@ -55,7 +56,7 @@ def attach(model: Any, state: StreamState) -> None:
     streams, tokens = state.config.streams, state.config.prefix_tokens
     for name, (heads, key_size, value_size) in shapes_from_config(model).items():
         module = model.base_model.get_submodule(name)
-        place = {"device": next(module.parameters()).device, "dtype": model.dtype}
+        place = place_of(module, model)
         module.stream_state = state
         module.prefix_k = nn.Parameter(torch.empty(streams, heads, tokens, key_size, **place))
         module.prefix_v = nn.Parameter(torch.empty(streams, heads, tokens, value_size, **place))

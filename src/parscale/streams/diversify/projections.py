@@ -47,9 +47,10 @@ def sizes(projection: Any) -> tuple[int, int]:
     return projection.in_features, projection.out_features
 
 
-def place_of(projection: nn.Module, model: Any) -> dict[str, Any]:
-    """Device and dtype of parameters beside a projection: the model's dtype, for its own weights may be quantised."""
-    return {"device": next(chain(projection.parameters(), projection.buffers())).device, "dtype": model.dtype}
+def place_of(module: nn.Module, model: Any) -> dict[str, Any]:
+    """Device and dtype of parameters beside a module: the model's dtype, for its own weights may be quantised, or
+    buffers."""
+    return {"device": next(chain(module.parameters(), module.buffers())).device, "dtype": model.dtype}
 
 
 def _reads_hidden_state(path: list[str], module: nn.Module, hidden_size: int) -> bool:
