@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from parscale.errors import InputError
-from parscale.streams.backbone import StreamsForCausalLM
+from parscale.streams.backbone import has_streams
 
 
 def complete(
@@ -40,7 +40,7 @@ def complete(
     if inputs["input_ids"].shape[1] == 0:
         raise InputError("the prompt is empty; give at least one token of text")
     if streams is not None:
-        if not isinstance(model, StreamsForCausalLM):
+        if not has_streams(model):
             raise InputError(f"streams={streams}: {type(model).__name__} has no streams")
         model.set_streams(streams)
     torch.manual_seed(seed)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from parscale.errors import InputError
 from parscale.streams.aggregate import stream_weights
-from parscale.streams.backbone import StreamsForCausalLM
+from parscale.streams.backbone import has_streams
 from parscale.streams.order import split
 
 COLLAPSE_COSINE = 0.995
@@ -93,11 +93,11 @@ def probe_streams(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = N
     Raises:
         InputError: the model has no streams, or the batch is shorter than two tokens.
     """
-    if not isinstance(model, StreamsForCausalLM):
+    if not has_streams(model):
         raise InputError(f"{type(model).__name__} has no streams; call parscale.parallelize(model, StreamsConfig(...))")
     if input_ids.ndim != 2 or input_ids.shape[1] < 2:
         raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; give (batch, length) with a length >= 2")
-    input_ids = input_ids.to(model.device)  # type: ignore[attr-defined]
+    input_ids = input_ids.to(model.device)
     p = model.streams
     with _evaluating(model):
         merged = token_losses(model(input_ids=input_ids, use_cache=False).logits, input_ids)
@@ -105,7 +105,7 @@ def probe_streams(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = N
             out = model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
         layers = [split(h, p) for h in out.hidden_states[1:]]  # each (p, B, T, d), the last after the final norm
         alone = split(token_losses(out.logits, input_ids.repeat(p, 1)), p)  # (p, B, T-1)
-    backbone = model.base_model  # type: ignore[attr-defined]
+    backbone = model.base_model
     weights = stream_weights(layers[-1], backbone.aggregate_layer, backbone.stream_state.config.smoothing)
     return StreamProbe(
         streams=p,

@@ -190,6 +190,11 @@ class StreamsForCausalLM(StreamsGeneration, _CarriesPrefix):
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
 
 
+def has_streams(model: Any) -> bool:
+    """Whether `parallelize`, or loading, has given the model streams."""
+    return isinstance(model, StreamsForCausalLM)
+
+
 def streams_of(model: Any) -> StreamsConfig:
     """The streams of a parallelized model, as its `config` tells. A plain model reads as one stream, no prefix."""
     return StreamsConfig.from_json(vars(model.config))

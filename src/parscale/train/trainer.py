@@ -28,7 +28,7 @@ from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.load import first_line, load_model, load_tokenizer
 from parscale.probe import StreamProbe, probe_streams
-from parscale.streams.backbone import StreamsForCausalLM, streams_of
+from parscale.streams.backbone import has_streams, streams_of
 from parscale.streams.parallelize import parallelize
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, load_text
@@ -92,7 +92,7 @@ class StreamsTrainer(Trainer):
     def probe(self) -> StreamProbe | None:
         """The streams on the watched text; None for a model with one stream."""
         model: Any = self.accelerator.unwrap_model(self.model)
-        if self.watch is None or not isinstance(model, StreamsForCausalLM) or model.streams == 1:
+        if self.watch is None or not has_streams(model) or model.streams == 1:
             return None
         return probe_streams(model, self.watch)
 
@@ -165,7 +165,7 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
         output=str(config.output),
         stage=config.stage,
         model=config.model,
-        streams=(streams_of(model) if isinstance(model, StreamsForCausalLM) else StreamsConfig(1, 0)).to_dict(),
+        streams=(streams_of(model) if has_streams(model) else StreamsConfig(1, 0)).to_dict(),
         seed=config.seed,
         tokens=steps * tokens_per_step,
         steps=steps,
@@ -223,13 +223,13 @@ def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(name)
 
 
-def _model(config: TrainConfig, data: PackedText) -> PreTrainedModel:
+def _model(config: TrainConfig, data: PackedText) -> Any:
     if config.stage == "pretrain":
-        model = build(config.model, data.tokenizer, data.block_size)
+        model: Any = build(config.model, data.tokenizer, data.block_size)
     else:
         model = load_model(config.model)
         check_vocabulary(model.config.vocab_size, data.tokenizer, config.model)
-    if isinstance(model, StreamsForCausalLM):
+    if has_streams(model):
         if config.streams not in (StreamsConfig(), streams_of(model)):
             raise InputError(
                 f"model={config.model!r} has streams of its own ({streams_of(model).to_dict()}); leave out the flags "
@@ -270,8 +270,8 @@ def _arguments(config: TrainConfig, steps: int, folder: str) -> TrainingArgument
     )
 
 
-def _streams(model: PreTrainedModel) -> int:
-    return model.streams if isinstance(model, StreamsForCausalLM) else 1
+def _streams(model: Any) -> int:
+    return model.streams if has_streams(model) else 1
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
