@@ -80,7 +80,7 @@ def test_counted_is_the_forward_written_out() -> None:
     moved = 2 * (projections + 1000 * d + head + cache_entry * rows * (100 + 48 + 1 + 1) + activations) + norms
     assert cost(shape, work, machine)["latency"]["decode_step"] == pytest.approx(moved / 1e9, rel=1e-12)
     held = 2 * (projections + 2 * (2 * d + 16 * 8) + d + 1000 * d + head + cache_entry * (rows * 101 + 4 * 48))
-    held += 2 * max(rows * 100 * f, 1000 * 2)
+    held += 2 * max(rows * 100 * 3 * d, 1000 * 2)
     assert cost(shape, work, machine)["memory_gib"] == pytest.approx(held / GIB, rel=1e-12)
 
 
