@@ -68,7 +68,8 @@ def _cases(chosen: Callable[[Family], bool], flex: bool) -> list[Any]:
     cases = []
     for family in filter(chosen, FAMILIES):
         for i, backend in enumerate(family.backends + (("flex_attention",) if flex and family.flex else ())):
-            marks = [pytest.mark.slow] if i > 0 else []
+            fast = i == 0 or (family.name, backend) == ("qwen2-sliding", "flex_attention")
+            marks = [] if fast else [pytest.mark.slow]
             if backend == "flex_attention":  # torch and transformers warn of their own ways to build block masks
                 marks.append(
                     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:flex_attention called without")

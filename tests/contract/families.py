@@ -55,6 +55,8 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 EAGER = ("eager",)
 EXPERTS = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+ALL_HEADS = {"num_key_value_heads": None, "head_dim": None}
+"""For configs that know no such settings."""
 WINDOW = {"sliding_window": 4}
 """Shorter than the prompts of the suite."""
 
@@ -67,8 +69,8 @@ FAMILIES = (
     Family("phi3", settings=WINDOW),
     Family("gemma2", backends=EAGER, settings=WINDOW | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     Family("gemma3", "gemma3_text", settings=WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
-    Family("gpt2", flex=False, settings={"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
-    Family("gpt_neox", settings={"rotary_pct": 0.5, "hidden_dropout": 0.0}),
+    Family("gpt2", flex=False, settings=ALL_HEADS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    Family("gpt_neox", settings=ALL_HEADS | {"rotary_pct": 0.5, "hidden_dropout": 0.0}),
     Family("mixtral", moe=True, settings={"num_local_experts": 4, "num_experts_per_tok": 2}),
     Family("qwen3_moe", moe=True, settings=EXPERTS),
     Family("gpt_oss", backends=EAGER, flex=False, moe=True, settings=WINDOW | {

@@ -48,10 +48,13 @@ def test_left_padded_rows_generate_as_alone(case: Case, ids: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_static_cache(trained_case: Case, ids: Tensor) -> None:
+@pytest.mark.parametrize("chunk", [None, 4], ids=["prompt", "chunks"])
+def test_static_cache(trained_case: Case, ids: Tensor, chunk: int | None) -> None:
+    """In chunks, transformers makes the cache before it has seen a row: for as many rows as it is told."""
     if trained_case.family.recurrent:
         pytest.skip("transformers has no static cache for recurrent layers")
-    assert torch.equal(greedy(trained_case, ids, cache_implementation="static"), argmax_loop(trained_case.model, ids))
+    found = greedy(trained_case, ids, cache_implementation="static", prefill_chunk_size=chunk)
+    assert torch.equal(found, argmax_loop(trained_case.model, ids))
 
 
 @torch.no_grad()
