@@ -45,7 +45,7 @@ lint: $(READY)  ## Style and format
 	$(BIN)/ruff format --check .
 
 types: $(READY)  ## Types
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(READY)  ## Mend style and format
 	$(BIN)/ruff check --fix .
