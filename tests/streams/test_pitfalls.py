@@ -154,7 +154,8 @@ def test_09_swapped_classes_are_found_by_pickle(ids: Tensor) -> None:
     for swapped in (qwen2().model, qwen2().model.base_model, qwen2().model.config):
         assert getattr(families, type(swapped).__name__) is type(swapped)
         assert type(swapped).__module__ == families.__name__
-    twin = pickle.loads(pickle.dumps(qwen2().model))
+    model = qwen2().build()  # of its own: transformers 5.17 cannot pickle one that has shown hidden states
+    twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(twin(ids).logits, qwen2().model(ids).logits)
 
 
