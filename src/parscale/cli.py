@@ -199,7 +199,114 @@ def _law_source(runs: Path | None, paper: str | None) -> str:
     return str(paper or runs)
 
 
-VERBS: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "probe": probe, "law": law}
+def cost(
+    model: str = "1.6B",
+    streams: tuple[int, ...] = (1, 2, 4, 8),
+    batch: tuple[int, ...] = (1,),
+    in_tokens: Annotated[int, tyro.conf.arg(name="in")] = 64,
+    out_tokens: Annotated[int, tyro.conf.arg(name="out")] = 64,
+    hardware: str = "a100-80g",
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "bf16",
+    kv: Literal["own", "shared"] = "own",
+    accounting: Literal["released", "counted"] = "released",
+    prefix_tokens: int = 48,
+    flops_efficiency: float = 0.7,
+    bandwidth_efficiency: float = 0.9,
+    json: bool = False,
+) -> None:
+    """Memory and latency of a request, derived by roofline: weights, KV cache, activations, aggregation head; prefill
+    and decode. docs/cost.md states every formula.
+
+    Args:
+        model: a size of the paper (0.5B, 0.7B, 1.1B, 1.6B, 2.8B, 4.4B), a config.json, a folder, or a hub name.
+        streams: P.
+        batch: requests at once.
+        in_tokens: prompt tokens.
+        out_tokens: tokens generated.
+        hardware: a100-80g, h100, h200, rtx4090, l4, m3-max, cpu, or a JSON file with flops, bandwidth, memory.
+        dtype: of the weights; int8 and int4 compute in 16 bits.
+        kv: every stream has its own keys and values, or one stream's are shared by all.
+        accounting: released reproduces the paper's analysis; counted is what this library's forward does.
+        prefix_tokens: of every stream when there are several.
+        flops_efficiency: share of the peak FLOP/s that is reached.
+        bandwidth_efficiency: share of the peak bandwidth that is reached.
+        json: print JSON: params, streams, batch, in, out, memory_gib, latency_s, and the parts of both.
+    """
+    from parscale.cost.model import Workload
+    from parscale.cost.report import report_costs
+
+    workload = Workload(
+        input=in_tokens,
+        output=out_tokens,
+        prefix_tokens=prefix_tokens,
+        dtype=dtype,
+        kv=kv,
+        accounting=accounting,
+        flops_efficiency=flops_efficiency,
+        bandwidth_efficiency=bandwidth_efficiency,
+    )
+    report_costs(model, streams, batch, workload, hardware, json)
+
+
+def plan(
+    memory: str | None = None,
+    latency: str | None = None,
+    hardware: str = "a100-80g",
+    law: str = "stack",
+    streams: tuple[int, ...] = (1, 2, 4, 8),
+    dtype: tuple[Literal["fp32", "bf16", "fp16", "int8", "int4"], ...] = ("bf16", "int8", "int4"),
+    batch: int = 1,
+    in_tokens: Annotated[int, tyro.conf.arg(name="in")] = 64,
+    out_tokens: Annotated[int, tyro.conf.arg(name="out")] = 64,
+    train_flops: float | None = None,
+    tokens: float | None = None,
+    kv: Literal["own", "shared"] = "own",
+    accounting: Literal["released", "counted"] = "released",
+    plot: Path | None = None,
+    page: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Which N and P? The least loss under budgets of memory, latency and training, and how sure the law is.
+
+    Args:
+        memory: at most so much, e.g. 6GiB; by default what the hardware has.
+        latency: at most so long for one output token, e.g. 40ms; by default any.
+        hardware: a100-80g, h100, h200, rtx4090, l4, m3-max, cpu, or a JSON file with flops, bandwidth, memory.
+        law: stack or pile, fitted to the paper's losses, or a CSV of your runs.
+        streams: the P to choose among.
+        dtype: the weights' types to choose among. The law is about 16 bits.
+        batch: requests at once.
+        in_tokens: prompt tokens.
+        out_tokens: tokens generated.
+        train_flops: at most so much training, with streams from the first token.
+        tokens: trained on; by default 42e9, the paper's.
+        kv: every stream has its own keys and values, or one stream's are shared by all.
+        accounting: of costs: released is the paper's analysis; counted is what this library's forward does.
+        plot: draw the frontier to this .png, .svg or .pdf.
+        page: write a page with sliders to this .html, which needs no network; no plan is printed.
+        json: print JSON instead of tables.
+    """
+    if page is not None:
+        from parscale.law.page import write_page
+
+        print(write_page(page))
+        return
+    from parscale.cost.model import Workload
+    from parscale.law.plan_report import report_plan
+
+    workload = Workload(batch=batch, input=in_tokens, output=out_tokens, kv=kv, accounting=accounting)
+    choices = {"hardware": hardware, "law": law, "streams": streams, "dtypes": dtype, "workload": workload}
+    report_plan(json, plot, memory=memory, latency=latency, train_flops=train_flops, tokens=tokens, **choices)
+
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "generate": generate,
+    "probe": probe,
+    "law": law,
+    "cost": cost,
+    "plan": plan,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
