@@ -3,10 +3,12 @@
     python benchmarks/core.py                # the 0.54 B shape in bf16: needs 4 GB
     python benchmarks/core.py --layers 2     # small, to try it
 
-One set of random weights serves every P through `set_streams`; "prefix" rows are P=1 with the prefix and no head.
+One set of random weights serves every P through `set_streams`. "P=1" is one stream with its prefix and no head;
+"P=1, no prefix" is what the released format means by P=1.
 """
 
 import argparse
+import copy
 from typing import Any
 
 import torch
@@ -67,8 +69,12 @@ def main() -> None:
     streamed = AutoModelForCausalLM.from_config(shape(options.layers), **build).to(device).eval()
     streamed.load_state_dict(plain.state_dict())
     parscale.parallelize(streamed, parscale.StreamsConfig(streams=8))
+    bare = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
+    parscale.parallelize(bare, parscale.StreamsConfig(streams=1, prefix_tokens=0))
     prompt = torch.randint(0, 32000, (options.batch, options.prompt), device=device)
-    cases = {"plain": Case(plain, 0, prompt)} | {f"P={p}": Case(streamed, p, prompt) for p in (1, 2, 4, 8)}
+    cases = {"plain": Case(plain, 0, prompt), "P=1, no prefix": Case(bare, 1, prompt)} | {
+        f"P={p}": Case(streamed, p, prompt) for p in (1, 2, 4, 8)
+    }
     rows = []
     with torch.no_grad():
         for phase, rounds in (("prefill", max(3, options.rounds // 3)), ("decode", options.rounds)):

@@ -166,7 +166,7 @@ def streams_settings(streams: Sequence[int], lora_rank: int) -> dict[str, Stream
     """Name → streams of every model of stage 2: the paper's prefix, and a low-rank update per stream.
 
     The control has the prefix alone. "control + LoRA" is one stream with an update of the summed rank of the most
-    streams: the same added parameters, bar the head, and no second pass.
+    streams: as many LoRA parameters as they have, and one pass.
     """
     most = max(streams)
     return {
