@@ -1,5 +1,6 @@
 """Parallel streams for any Hugging Face causal language model (arXiv 2505.10475)."""
 
+from parscale import law
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.streams.checkpoint import load_streams, save_streams, use_streams
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "InputError",
     "StreamsConfig",
+    "law",
     "load_streams",
     "parallelize",
     "push_to_hub",

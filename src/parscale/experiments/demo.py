@@ -227,19 +227,18 @@ def _rows(results: dict[str, TrainResult], probes: dict[str, StreamProbe]) -> li
 
 def _print_table(console: Console, rows: list[Row]) -> None:
     table = Table(
-        title="Validation loss, nats per token, after stage 2 on the same base with the same tokens",
-        caption="gain: below the control. ρ: correlation of the streams' errors. parameters: what the streams added.",
+        title="Validation loss (nats per token) after stage 2: same base, same tokens",
+        caption="control: P=1 with a prefix. gain: below it. ρ: correlation of errors. added: parameters.",
     )
-    for column in ("model", "loss", "gain", "ρ", "weights", "parameters", "s"):
+    for column in ("model", "loss", "gain", "ρ", "weights", "added", "s"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    names = {"base": "base, before stage 2", "control": "control: P=1 + prefix"}
     for row in rows:
         table.add_row(
-            names.get(row.name, row.name),
+            row.name,
             f"{row.validation_loss:.4f}",
             "" if row.gain is None else f"{row.gain:+.4f}",
             "" if row.error_correlation is None else f"{row.error_correlation:.2f}",
-            "/".join(f"{w:.2f}" for w in row.weights or []),
+            "/".join(f"{w:.2f}".lstrip("0") for w in row.weights or []),
             f"{row.stream_parameters:,}",
             f"{row.seconds:.0f}",
         )
