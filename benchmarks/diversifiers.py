@@ -46,8 +46,8 @@ class Case:
         self.model(input_ids=self.prompt[:, :1], past_key_values=self.cache)
 
     def train(self) -> None:
-        self.model.zero_grad()
         self.model(input_ids=self.prompt, labels=self.prompt, use_cache=False).loss.backward()
+        self.model.zero_grad()  # here, so that the waiting cases hold no gradients
 
     def sizes(self) -> dict[str, float]:
         """Parameters that tell the streams apart, and what the KV cache takes for each token."""
