@@ -46,7 +46,8 @@ class Case:
 
             cache = StaticCache(config=self.model.config, max_cache_len=context + 64)
         self._run(self._random_tokens(2), cache)
-        rows, heads = self.streams or 1, self.model.config.num_key_value_heads
+        rows = getattr(self.model, "cached_streams", self.streams or 1)  # the released code has a row for every stream
+        heads = self.model.config.num_key_value_heads
         size = self.model.config.hidden_size // self.model.config.num_attention_heads
         for layer in range(self.model.config.num_hidden_layers):
             keys, values = torch.randn(2, rows, heads, context - 2, size, dtype=self.model.dtype)

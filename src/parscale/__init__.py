@@ -3,6 +3,7 @@
 from parscale import law
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
+from parscale.streams.adaptive import HardTokens
 from parscale.streams.checkpoint import load_streams, save_streams, use_streams
 from parscale.streams.families import register_family
 from parscale.streams.hub import push_to_hub
@@ -11,6 +12,7 @@ from parscale.streams.parallelize import parallelize
 __version__ = "0.1.0"
 
 __all__ = [
+    "HardTokens",
     "InputError",
     "StreamsConfig",
     "law",

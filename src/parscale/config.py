@@ -11,12 +11,14 @@ from typing import Any, Literal
 from parscale.errors import InputError
 
 Aggregate = Literal["learned", "mean"]
-PrefixInit = Literal["near_identity", "normal", "reparameterized"]
+PrefixInit = Literal["near_identity", "normal", "orthogonal", "text", "reparameterized"]
 Diversifier = Literal["prefix", "embedding", "lora", "rank1"]
+KV = Literal["own", "shared"]
 
 AGGREGATES = ("learned", "mean")
-PREFIX_INITS = ("near_identity", "normal", "reparameterized")
+PREFIX_INITS = ("near_identity", "normal", "orthogonal", "text", "reparameterized")
 DIVERSIFIERS = ("prefix", "embedding", "lora", "rank1")
+KVS = ("own", "shared")
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,17 @@ class StreamsConfig:
             `streams=1, prefix_tokens=0` is the plain model.
         smoothing: ε of the aggregation weights, w ← (1 − ε)·w + ε/P (paper, section 3.2). In [0, 1].
         aggregate: "learned", an MLP that weighs the streams token by token, or "mean".
-        prefix_init: how the prefix starts: "normal" (spread like the layer's own keys and values), "near_identity"
-            (the model's own loss at step 0), or "reparameterized" (a Tanh MLP makes it during training).
+        prefix_init: how the prefix starts: "normal" (spread like the layer's own keys and values), "orthogonal" (the
+            same, and at right angles from stream to stream), "text" (the keys and values of real text, another for
+            every stream), "near_identity" (the model's own loss at step 0), or "reparameterized" (a Tanh MLP makes it
+            during training).
         diversify: what tells the streams apart: "prefix" (the paper), "embedding" (one learned vector per stream,
             added to the token embeddings), "lora" (a low-rank update of the projections per stream) and "rank1" (scales
             on the inputs and outputs of the projections per stream). One stream has them too, but for the embedding.
         lora_rank: r of "lora".
+        kv: whose keys and values the streams attend to: each its "own" (the paper), or those of the first stream, for
+            one stream's KV cache and prefill ("shared").
+        shared_prefix: with shared keys and values, one prefix for all streams, as serving engines can hold it.
 
     Raises:
         InputError: an unknown or impossible value, or several streams with nothing to tell them apart.
@@ -48,6 +55,8 @@ class StreamsConfig:
     prefix_init: PrefixInit = "normal"
     diversify: tuple[Diversifier, ...] = ("prefix",)
     lora_rank: int = 8
+    kv: KV = "own"
+    shared_prefix: bool = False
 
     def __post_init__(self) -> None:
         _require(_is_int(self.streams) and self.streams >= 1, "streams", self.streams, "an integer >= 1")
@@ -70,11 +79,16 @@ class StreamsConfig:
         _require(known and len(set(chosen)) == len(chosen), "diversify", given, f"distinct names from {DIVERSIFIERS}")
         object.__setattr__(self, "diversify", chosen)
         _require(_is_int(self.lora_rank) and self.lora_rank >= 1, "lora_rank", self.lora_rank, "an integer >= 1")
-        if self.streams > 1 and not self.diversifiers:
+        _require(self.kv in KVS, "kv", self.kv, f"one of {KVS}")
+        _require(isinstance(self.shared_prefix, bool), "shared_prefix", self.shared_prefix, "true or false")
+        if self.shared_prefix and self.kv != "shared":
+            raise InputError(f"shared_prefix=True with kv={self.kv!r} is not accepted; it goes with kv='shared'")
+        alike = {"prefix"} if self.shared_prefix else set()
+        if self.streams > 1 and not set(self.diversifiers) - alike:
             raise InputError(
-                f"streams={self.streams} with prefix_tokens={self.prefix_tokens} and diversify={chosen}: nothing tells "
-                "the streams apart, so all would compute the same. Give prefix_tokens >= 1 with 'prefix' in diversify, "
-                f"or add one of {DIVERSIFIERS[1:]}."
+                f"streams={self.streams} with prefix_tokens={self.prefix_tokens}, shared_prefix={self.shared_prefix} "
+                f"and diversify={chosen}: nothing tells the streams apart, so all would compute the same. Give every "
+                f"stream a prefix of its own, or add one of {DIVERSIFIERS[1:]} to diversify."
             )
 
     @property
@@ -88,6 +102,16 @@ class StreamsConfig:
     def has_prefix(self) -> bool:
         """Whether every attention layer gets prefix keys and values."""
         return "prefix" in self.diversifiers
+
+    @property
+    def prefixes(self) -> int:
+        """How many prefixes every attention layer has: one a stream, or one for all."""
+        return 1 if self.shared_prefix else self.streams
+
+    @property
+    def enters_attention(self) -> bool:
+        """Whether attention is more than the model's own: it has a prefix in front, or streams that share keys."""
+        return self.has_prefix or (self.kv == "shared" and self.streams > 1)
 
     @property
     def has_embedding(self) -> bool:

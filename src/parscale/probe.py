@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,9 @@ from parscale.errors import InputError
 from parscale.streams.aggregate import stream_weights
 from parscale.streams.backbone import has_streams
 from parscale.streams.order import split
+
+if TYPE_CHECKING:
+    from parscale.probe_details import StreamDetails
 
 COLLAPSE_COSINE = 0.995
 """Mean cosine of the streams' final hidden states above which they count as one."""
@@ -99,7 +103,7 @@ def probe_streams(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = N
         raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; give (batch, length) with a length >= 2")
     input_ids = input_ids.to(model.device)
     p = model.streams
-    with _evaluating(model):
+    with evaluating(model):
         merged = token_losses(model(input_ids=input_ids, use_cache=False).logits, input_ids)
         with unmerged(model):
             out = model(input_ids=input_ids, use_cache=False, output_hidden_states=True)
@@ -139,7 +143,8 @@ def unmerged(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
+    """While it lasts, the model is in evaluation mode."""
     training = model.training
     model.eval()
     try:
@@ -160,7 +165,7 @@ def _entropy(weights: Float[Tensor, "p b t"]) -> Tensor:
 
 
 def _error_correlation(alone: Float[Tensor, "p b t"], control: Any, input_ids: Tensor) -> float:
-    with _evaluating(control):
+    with evaluating(control):
         logits = control(input_ids=input_ids.to(control.device), use_cache=False).logits
     errors = alone.flatten(1) - token_losses(logits, input_ids).flatten()[None]  # (p, tokens)
     pairs = torch.corrcoef(errors)
@@ -169,7 +174,14 @@ def _error_correlation(alone: Float[Tensor, "p b t"], control: Any, input_ids: T
 
 
 def probe_model(
-    name: str, *, data: Sequence[str], control: str | None, sequences: int, block_size: int, as_json: bool
+    name: str,
+    *,
+    data: Sequence[str],
+    control: str | None,
+    sequences: int,
+    block_size: int,
+    as_json: bool,
+    plot: Path | None = None,
 ) -> StreamProbe:
     """Load a model, look at its streams on held-out text, and print what was seen: what `parscale probe` does.
 
@@ -178,34 +190,49 @@ def probe_model(
     """
     # The text pipeline is not needed to probe a batch, and loads much.
     from parscale.load import load_model, load_tokenizer
+    from parscale.probe_details import probe_details
     from parscale.train.data import load_text
 
     model, tokenizer = load_model(name), load_tokenizer(name)
     text = load_text(list(data), tokenizer=tokenizer, block_size=block_size)
     ids = torch.as_tensor(text.validation[:sequences]["input_ids"])
-    seen = probe_streams(model, ids, control=load_model(control) if control else None)
+    details = probe_details(model, ids, control=load_model(control) if control else None)
+    seen = details.probe
     if as_json:
-        print(json.dumps(seen.to_dict()))
+        print(json.dumps(asdict(details) | {"probe": seen.to_dict()}))
     else:
-        _print_table(seen)
+        _print_table(details)
+    if plot is not None:
+        from parscale.probe_plot import draw_probe
+
+        draw_probe(details, plot, Path(name))
     return seen
 
 
-def _print_table(seen: StreamProbe) -> None:
+def _print_table(details: "StreamDetails") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    seen = details.probe
     table = Table(title=f"{seen.streams} streams on {seen.tokens:,} held-out tokens: {seen.verdict}")
-    for column in ("stream", "weight", "loss alone (nats)"):
+    for column in ("stream", "weight", "loss alone", "loss without", "gradient", "on its prefix"):
         table.add_column(column, justify="right")
+    prefix = [sum(layer) / len(layer) for layer in zip(*details.prefix_attention, strict=True)]
     for i, (weight, loss) in enumerate(zip(seen.weights, seen.stream_losses, strict=True)):
-        table.add_row(str(i + 1), f"{weight:.3f}", f"{loss:.4f}")
+        without = f"{details.loss_without[i]:.4f}" if details.loss_without else ""
+        share = f"{details.gradient_share[i]:.0%}" if details.gradient_share else ""
+        mass = f"{prefix[i]:.0%}" if prefix else ""
+        table.add_row(str(i + 1), f"{weight:.3f}", f"{loss:.4f}", without, share, mass)
     table.add_section()
-    table.add_row("merged", f"{seen.effective_streams:.2f} in effect", f"{seen.loss:.4f}")
+    table.add_row("merged", f"{seen.effective_streams:.2f} in effect", f"{seen.loss:.4f}", "", "", "")
     console = Console()
     console.print(table)
+    console.print("losses in nats a token; gradient: share of what tells the streams apart; prefix: share of attention")
     if seen.cosine is not None:
         layers = " ".join(f"{c:.3f}" for c in seen.layer_cosine)
         console.print(f"cosine between streams, layer by layer: {layers}")
-    if seen.error_correlation is not None:
-        console.print(f"error correlation ρ against the control: {seen.error_correlation:.3f}")
+    if details.gain is not None and seen.error_correlation is not None:
+        console.print(
+            f"gain over the control: {details.gain:+.4f} nats; error correlation ρ = {seen.error_correlation:.3f}, for "
+            f"which the paper's theory leaves {details.loss_factor:.0%} of the reducible loss"
+        )

@@ -1,6 +1,8 @@
 """The truth of the contract suite: P separate passes of the plain model, one stream's prefix concatenated by hand and
 its update added to the plain model's weights.
 
+With shared keys and values, stream 0's pass leaves those of every layer to the passes that follow.
+
 Nothing here calls parscale. The plain class runs with an attention function of the test's own, in float64 throughout;
 then the head, the smoothing and the weighted sum are written out. The same code in float32 gives the tolerance.
 """
@@ -71,8 +73,11 @@ def _passes(
     plain.config._attn_implementation = NAME
     plain.config._experts_implementation = "eager"  # grouped matrix products know no float64
     hidden, router_logits = [], []
+    shared = (model.config.parscale or {}).get("kv") == "shared"
     with _AllInFloat64() if dtype == torch.float64 else nullcontext(), torch.no_grad():
+        _current.first = {}
         for stream in range(p):
+            _current.records, _current.reads = shared and stream == 0, shared and stream > 0
             _current.prefix = prefix_of_stream(model, stream, dtype)
             one = with_weights_of_stream(plain, model, stream)
             embeds = plain.get_input_embeddings()(ids)
@@ -93,10 +98,15 @@ def _passes(
 def prefix_of_stream(model: Any, stream: int, dtype: torch.dtype) -> Prefix:
     """One stream's prefixes, by layer index."""
     return {
-        module.layer_idx: (module.prefix_k[stream].detach().to(dtype), module.prefix_v[stream].detach().to(dtype))
+        module.layer_idx: tuple(of_stream(bank, stream, dtype) for bank in (module.prefix_k, module.prefix_v))
         for module in model.modules()
         if hasattr(module, "prefix_k")
     }
+
+
+def of_stream(bank: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
+    """A stream's entry of a bank, or the only one: a prefix for all streams, keys and values of stream 0."""
+    return bank[min(stream, len(bank) - 1)].detach().to(dtype)
 
 
 def with_weights_of_stream(plain: PreTrainedModel, model: Any, stream: int) -> PreTrainedModel:
@@ -104,7 +114,9 @@ def with_weights_of_stream(plain: PreTrainedModel, model: Any, stream: int) -> P
     one = copy.deepcopy(plain)
     for name, module in model.base_model.named_modules():
         dtype = next(plain.parameters()).dtype
-        own = {key: p[stream].detach().to(dtype) for key, p in module.named_parameters(recurse=False) if key in UPDATES}
+        own = {
+            key: of_stream(p, stream, dtype) for key, p in module.named_parameters(recurse=False) if key in UPDATES
+        }
         if not own:
             continue
         changed: Any = one.base_model.get_submodule(name)
@@ -142,6 +154,8 @@ def _weights(model: Any, streams: Tensor, p: int) -> Tensor:
 
 class _Current:
     prefix: Prefix
+    first: dict[int, tuple[Tensor, Tensor]]
+    records = reads = False
 
 
 _current = _Current()
@@ -160,6 +174,10 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Textbook attention over [prefix; keys], with whatever the family adds to it: grouped heads, soft caps, sinks."""
+    if _current.records:
+        _current.first[module.layer_idx] = key, value
+    if _current.reads:
+        key, value = _current.first[module.layer_idx]
     if module.layer_idx in _current.prefix:
         keys, values = _current.prefix[module.layer_idx]
         rows = key.shape[0]

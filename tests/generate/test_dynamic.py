@@ -121,3 +121,31 @@ def test_a_rope_that_stretches_may_go_beyond() -> None:
     scaling = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     model = with_streams(build(rope_parameters=scaling))
     assert greedy(model, torch.ones(1, CONTEXT + 1, dtype=torch.long)).shape == (1, CONTEXT + 9)
+
+
+@pytest.mark.parametrize("kv", ["own", "shared"])
+def test_a_p_for_each_row(ids: Tensor, kv: str) -> None:
+    """One batch, a p for each of its rows, and for each beam of a row: what the row gets alone at that p."""
+    asked = [4, 1, 2]
+    model = with_streams(build(), kv=kv, diversify=("prefix", "embedding"))
+    found = greedy(model, ids, streams=asked)
+    beams = greedy(model, ids, streams=asked, num_beams=2)
+    for i, p in enumerate(asked):
+        narrow, row = model.with_streams(p), ids[i : i + 1]
+        assert torch.equal(found[i][None], uncached(narrow, row))
+        assert torch.equal(beams[i][None], greedy(narrow, row, num_beams=2, use_cache=False))
+    assert model.streams == 4 and model.base_model.stream_state.present is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("aggregate", ["learned", "mean"])
+def test_streams_that_a_row_did_not_ask_for_weigh_nothing(ids: Tensor, aggregate: str) -> None:
+    model = with_streams(build(), aggregate=aggregate)
+    model.set_streams([3, 2, 3])
+    logits = model(ids).logits
+    for i, p in enumerate([3, 2, 3]):
+        narrow = model.with_streams(p)
+        torch.testing.assert_close(logits[i], narrow(ids[i : i + 1]).logits[0], rtol=0, atol=1e-5)
+    for wrong in ([], [1, 5], [0, 1]):
+        with pytest.raises(InputError, match="1 to 4"):
+            model.set_streams(wrong)

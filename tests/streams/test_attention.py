@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from parscale import StreamsConfig
-from parscale.streams.attention import StreamState, attend, flex_mask
+from parscale.streams.attention import LONG, StreamState, attend, flex_mask
+from tests.small import build, with_streams
 
 P, B, H, HK, N, D, E = 3, 2, 4, 2, 5, 8, 6
 
@@ -136,3 +137,19 @@ def test_flex(window: int | None, start: int) -> None:
     q, kv = torch.arange(start, length)[:, None], torch.arange(length)
     seen = (kv <= q) & (kv > q - (window or length))
     close(found, by_hand(layer, query, key, value, seen & padding[:, None]))
+
+
+@pytest.mark.parametrize("kv", ["own", "shared"])
+def test_a_long_prompt_is_as_a_short_one(kv: str) -> None:
+    """Beyond `LONG` the mask gives way to queries that nobody reads: the same logits and gradients as eager attention."""
+    model = with_streams(build(max_position_embeddings=2 * LONG), kv=kv, streams=2)
+    ids = torch.randint(3, 97, (2, LONG + 20), generator=torch.Generator().manual_seed(0))
+    results = []
+    for backend in ("sdpa", "eager"):
+        model.set_attn_implementation(backend)
+        model.zero_grad()
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        results.append([output.logits.detach()] + [p.grad for n, p in model.named_parameters() if "prefix_" in n])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)

@@ -6,7 +6,7 @@ Knows the released tensor names `aggregate_layer.0|2` and the input order: hidde
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,7 +51,10 @@ class AggregationHead(nn.Sequential):
 
 
 def stream_weights(
-    hidden: Float[Tensor, "p b t d"], head: AggregationHead | None, smoothing: float
+    hidden: Float[Tensor, "p b t d"],
+    head: AggregationHead | None,
+    smoothing: float,
+    present: Bool[Tensor, "p b"] | None = None,
 ) -> Float[Tensor, "p b t"]:
     """w = softmax(head(h)) in float32 at least, then w ← (1 − ε)·w + ε/P (equation 4). Without a head: 1/P each.
 
@@ -59,10 +62,18 @@ def stream_weights(
         hidden: final hidden states of the active streams, after the final norm.
         head: the aggregation head, or None for the mean.
         smoothing: ε. It keeps every stream's gradient alive.
+        present: which of the streams count in which row, at least one; all by default. The others get weight 0, as if
+            the row had been run without them.
     """
-    active = hidden.shape[0]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if present is None:
+        present = torch.ones(hidden.shape[0], 1, dtype=torch.bool, device=hidden.device)
+        masked = hidden
+    else:
+        masked = hidden * present[..., None, None]
+    shares = present[..., None].to(dtype) / present.sum(0)[:, None]  # 1/p for the streams that count: (P, B or 1, 1)
     if head is None:
-        return hidden.new_full(hidden.shape[:3], 1 / active, dtype=torch.float32)
-    logits = head(hidden)
-    weights = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).permute(2, 0, 1)
-    return weights * (1 - smoothing) + smoothing / active
+        return shares.expand(hidden.shape[:3])
+    logits = head(masked).masked_fill(~present.T[:, None], -torch.inf)  # (B, T, P)
+    weights = logits.softmax(-1, dtype=dtype).permute(2, 0, 1)
+    return weights * (1 - smoothing) + smoothing * shares

@@ -21,11 +21,15 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.config import StreamsConfig
-from parscale.streams.order import expand_bank, split
+from parscale.streams import kv
+from parscale.streams.adaptive import HardTokens
+from parscale.streams.order import duplicate, expand_bank, split
 
 TAG = "parscale|"
 SUPPORTED = ("eager", "sdpa", "flex_attention")
-_SCORE_CHANGES = ("position_bias", "softcap", "s_aux")  # what `_decode` does not compute
+LONG = 384
+"""Query tokens from which on, on a CPU, n more in front cost less than the half of the scores that a mask throws away."""
+_SCORE_CHANGES = ("position_bias", "softcap", "s_aux")  # what `_decode` and `kv.decode` do not compute
 
 
 class StreamState:
@@ -36,6 +40,11 @@ class StreamState:
         active: p, how many of the P streams run now.
         generator: makes the prefixes of each layer while it is there (`PrefixGenerator`); else they are the banks.
         merging: False lets the backbone return the P·B rows of its streams as they are, for a look at each stream.
+        present: (p, B), which of the active streams count in which row of the batch; None if all do in all.
+        hard: when to run more than the active streams for a token; None if never.
+        smoothing: ε now; training may start with another than the model's own.
+        observer: called with the streams' final hidden states (p, B, T, d) and weights (p, B, T), before they merge.
+        group: the processes that the active streams are split over (train/parallel.py); None if this one runs them all.
     """
 
     def __init__(self, config: StreamsConfig) -> None:
@@ -43,48 +52,83 @@ class StreamState:
         self.active = config.streams
         self.generator: Callable[[int], tuple[Tensor, Tensor]] | None = None
         self.merging = True
+        self.present: Tensor | None = None
+        self.hard: HardTokens | None = None
+        self.smoothing = config.smoothing
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
+        self.group: Any = None
+
+    @property
+    def own(self) -> slice:
+        """Which of the P streams this process runs."""
+        return slice(0, self.active) if self.group is None else self.group.share(self.active)
+
+    @property
+    def shares_kv(self) -> bool:
+        """Whether several streams run now, on the keys and values of stream 0."""
+        return self.config.kv == "shared" and self.active > 1
 
 
 def prefix_of(module: Any) -> tuple[Tensor, Tensor] | None:
-    """The active streams' prefix of one attention module, (p, H, n, Dk) and (p, H, n, Dv); None if it has none."""
+    """The active streams' prefix of one attention module, (p, H, n, Dk) and (p, H, n, Dv), or (1, …) if it is one for
+    all; None if it has none."""
     if getattr(module, "prefix_k", None) is None:
         return None
     state = module.stream_state
     # Made in the layer itself: reentrant checkpointing frees whatever graph it reaches from within one.
     keys, values = state.generator(module.layer_idx) if state.generator else (module.prefix_k, module.prefix_v)
-    return keys[: state.active], values[: state.active]
+    return keys[state.own], values[state.own]
 
 
 def attend(
     module: nn.Module,
     query: Float[Tensor, "pb h t d"],
-    key: Float[Tensor, "pb hk s d"],
-    value: Float[Tensor, "pb hk s e"],
+    key: Float[Tensor, "kb hk s d"],
+    value: Float[Tensor, "kb hk s e"],
     attention_mask: Any,
     *args: Any,
     implementation: str,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over [prefix; keys]: equal to the inner implementation on the concatenation, under a mask that lets
-    every query see the whole prefix. Returns what the inner one returns; attention weights have n more columns.
+    every query see the whole prefix. Returns what the inner one returns; attention weights have n more columns. Keys and
+    values have P·B rows; or B, those of stream 0, when a cache has kept them alone.
     """
     inner = inner_attention(module, implementation)
+    state: Any = getattr(module, "stream_state", None)
+    shared = state is not None and state.shares_kv
+    if shared and key.shape[0] == query.shape[0]:  # no cache was there to drop the other streams' rows
+        key, value = kv.of_first_stream(key, value, state.active)
     paged = kwargs.pop("cache", None)
     if paged is not None:  # updated here: the inner function would write the prefix into it with the rest
         key, value = paged.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     prefix = prefix_of(module)
+    if prefix is not None:
+        prefix = prefix[0].to(key.dtype), prefix[1].to(value.dtype)
+    length, scaling = query.shape[2], kwargs.get("scaling")
+    plain_scores = all(kwargs.get(name) is None for name in _SCORE_CHANGES)
+    decoding = implementation == "sdpa" and length == 1 and plain_scores and not torch.is_grad_enabled()
+    if decoding and shared:
+        return kv.decode(query, key, value, prefix, attention_mask, scaling, state.active), None
+    if decoding and prefix is not None:
+        return _decode(query, key, value, *prefix, attention_mask, scaling), None
+    if shared:
+        key, value = duplicate(key, state.active), duplicate(value, state.active)
     if prefix is None:
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
-    prefix_k, prefix_v = prefix[0].to(key.dtype), prefix[1].to(value.dtype)
-    n, length = prefix_k.shape[2], query.shape[2]
-    if implementation == "sdpa":
-        if length == 1 and not torch.is_grad_enabled() and all(kwargs.get(name) is None for name in _SCORE_CHANGES):
-            return _decode(query, key, value, prefix_k, prefix_v, attention_mask, kwargs.get("scaling")), None
-        if attention_mask is None and length > 1:
-            key, value, attention_mask = _causal(query, key, value, n)
-    rows = key.shape[0]
+    prefix_k, prefix_v = prefix
+    n, rows = prefix_k.shape[2], key.shape[0]
+    causal = implementation == "sdpa" and attention_mask is None and length > 1
+    if causal:
+        key, value = key[:, :, :length], value[:, :, :length]  # a static cache is longer; nothing is behind T yet
     key = torch.cat([expand_bank(prefix_k, rows), key], dim=2)  # (P·B, Hk, n+S, D)
     value = torch.cat([expand_bank(prefix_v, rows), value], dim=2)
+    if causal and length > LONG and not query.is_cuda:
+        padded = F.pad(query, (0, 0, n, 0))  # n queries that nobody reads make a square: (P·B, H, n+T, D)
+        out, weights = inner(module, padded, key, value, None, *args, **kwargs)
+        return out[:, n:], weights
+    if causal:
+        attention_mask = _causal(query, n)
     if type(attention_mask) is Tensor:  # a BlockMask or causal_lower_right covers the prefix already
         attention_mask = _mask_with_prefix(attention_mask, n)
     return inner(module, query, key, value, attention_mask, *args, **kwargs)
@@ -104,7 +148,8 @@ def flex_mask(
     **_: Any,
 ) -> BlockMask:
     """transformers' BlockMask over n + S columns: the first n (the prefix) are seen by all, the rest as without it."""
-    n = config.parscale_n_tokens
+    settings = StreamsConfig.from_json(vars(config))
+    n = settings.prefix_tokens if settings.has_prefix else 0
     if attention_mask is not None:
         padding = F.pad(attention_mask, (0, max(0, kv_offset + kv_length - attention_mask.shape[-1])))
 
@@ -136,16 +181,14 @@ def inner_attention(module: nn.Module, implementation: str) -> Callable[..., Any
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, n: int) -> tuple[Tensor, Tensor, Any]:
+def _causal(query: Tensor, n: int) -> Any:
     """The mask that transformers means by None. It must never reach sdpa as None: with kv > q, sdpa's wrapper would cut
     the keys to `key[:, :, :T]`, and the last n real tokens would vanish silently.
     """
     length = query.shape[2]
-    key, value = key[:, :, :length], value[:, :, :length]  # a static cache is longer; nothing is behind T yet
     if query.is_cuda and not torch.compiler.is_compiling():
-        return key, value, causal_lower_right(length, length + n)
-    triangle = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    return key, value, triangle[None, None]
+        return causal_lower_right(length, length + n)
+    return torch.ones(length, length, dtype=torch.bool, device=query.device).tril()[None, None]
 
 
 def _mask_with_prefix(mask: Tensor, n: int) -> Tensor:

@@ -45,7 +45,7 @@ class _CarriesPrefix:
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         asked = attn_implementation and attn_implementation.removeprefix(TAG)
         allowed = super()._check_and_adjust_attn_implementation(asked, *args, **kwargs)  # type: ignore[misc]
-        return check_attention(self, allowed) if streams_of(self).has_prefix else allowed  # type: ignore[arg-type]
+        return check_attention(self, allowed) if streams_of(self).enters_attention else allowed  # type: ignore[arg-type]
 
 
 class StreamsBackbone(_CarriesPrefix):
@@ -76,10 +76,11 @@ class StreamsBackbone(_CarriesPrefix):
         settings = self.stream_state.config
         if settings.has_prefix and position_ids is None:
             position_ids = _positions(attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
-        p = self.stream_state.active
+        own = self.stream_state.own
+        p = own.stop - own.start
         if settings.has_embedding:
             embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            input_ids, inputs_embeds = None, embedding.add(duplicate(embeds, p), self.stream_embedding, p)
+            input_ids, inputs_embeds = None, embedding.add(duplicate(embeds, p), self.stream_embedding[own], p)
         elif p > 1:
             input_ids = None if input_ids is None else duplicate(input_ids, p)
             inputs_embeds = None if inputs_embeds is None else duplicate(inputs_embeds, p)
@@ -98,9 +99,16 @@ class StreamsBackbone(_CarriesPrefix):
             return_dict=True,
             **kwargs,
         )
-        if p > 1 and self.stream_state.merging:
+        if self.stream_state.active > 1 and self.stream_state.merging:
             hidden = split(output.last_hidden_state, p)
-            weights = stream_weights(hidden, self.aggregate_layer, settings.smoothing)
+            if self.stream_state.group is not None:
+                hidden = self.stream_state.group.gather(hidden)
+            present = self.stream_state.present
+            if present is not None:  # beam search has several rows for each of the batch
+                present = present.repeat_interleave(hidden.shape[1] // present.shape[1], dim=1)
+            weights = stream_weights(hidden, self.aggregate_layer, self.stream_state.smoothing, present)
+            if self.stream_state.observer is not None:
+                self.stream_state.observer(hidden, weights)
             output.last_hidden_state = merge(hidden, weights)
             if output.get("router_logits") is not None:
                 # The load-balancing loss reads each entry as one layer's B·T tokens: P entries a layer keep it exact.

@@ -211,7 +211,7 @@ def _install(model: Any, adapter: Adapter) -> None:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, parameter)
     implementation = model.config._attn_implementation.removeprefix(TAG)
-    if streams_of(model).has_prefix:
+    if streams_of(model).enters_attention:
         implementation = check_attention(model, implementation)
     model.config._attn_implementation = implementation
 

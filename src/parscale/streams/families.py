@@ -19,10 +19,12 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from parscale.config import StreamsConfig, as_written
 from parscale.errors import InputError
+from parscale.streams import kv
 from parscale.streams.aggregate import AggregationHead
 from parscale.streams.attention import StreamState
 from parscale.streams.backbone import StreamsBackbone, StreamsForCausalLM
 from parscale.streams.diversify import protocol
+from parscale.streams.diversify.prefix import shapes_from_config
 
 SUFFIX = "_parscale"
 
@@ -81,12 +83,15 @@ def give_streams(model: Any) -> None:
     place = {"device": next(backbone.parameters()).device, "dtype": model.dtype}
     for diversifier in protocol.chosen(settings):
         diversifier.attach(model, backbone.stream_state)
+    if settings.kv == "shared":
+        kv.attach(model, list(shapes_from_config(model)))
     hidden_size = model.get_input_embeddings().embedding_dim
     backbone.aggregate_layer = AggregationHead(settings.streams, hidden_size, **place) if settings.has_head else None
 
 
 def remove_streams(model: Any) -> None:
     """Take from the backbone all parameters that `give_streams` added, before others take their place."""
+    kv.detach(model)
     for diversifier in protocol.ALL.values():
         diversifier.detach(model)
     model.base_model.aggregate_layer = None

@@ -1,13 +1,15 @@
 """How `generate` and its kin run P streams: how many, over which rows, and with which cache."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from parscale.errors import InputError
+from parscale.streams.adaptive import HardTokens, check_adaptive
 from parscale.streams.order import reorder
 from parscale.streams.paged import KEPT, FoldedModel
 
@@ -23,18 +25,29 @@ class StreamsGeneration:
         """p, the number of streams that run now."""
         return self.base_model.stream_state.active
 
-    def set_streams(self, streams: int) -> None:
+    def set_streams(self, streams: int | Sequence[int] | HardTokens) -> None:
         """Run the first `streams` of the P trained streams from now on. Free: no weight is moved.
 
-        A KV cache belongs to the p that filled it.
+        Several numbers are one for each row of the batches to come: a row's result is what it would be alone at its p.
+        All rows run the largest p; streams that a row did not ask for get no weight in it. `HardTokens` chooses p token by token. A KV cache belongs to the p that filled it; with shared keys and values it goes with any.
 
         Raises:
-            InputError: not an integer from 1 to P.
+            InputError: not an integer from 1 to P, or a list of such; `HardTokens` where streams have keys of their own.
         """
-        trained = self.base_model.stream_state.config.streams
-        if isinstance(streams, bool) or not isinstance(streams, int) or not 1 <= streams <= trained:
+        state = self.base_model.stream_state
+        hard = streams if isinstance(streams, HardTokens) else None
+        if hard is not None:
+            check_adaptive(self)
+            self.set_streams(hard.streams)  # is it possible?
+            streams = 1
+        trained, by_row = state.config.streams, isinstance(streams, Sequence)
+        wanted: Any = list(streams) if by_row else [streams]
+        if not wanted or any(isinstance(p, bool) or not isinstance(p, int) or not 1 <= p <= trained for p in wanted):
             raise InputError(f"streams={streams!r} is not accepted; this model has {trained}, give 1 to {trained}")
-        self.base_model.stream_state.active = streams
+        state.active, state.present, state.hard = max(wanted), None, hard
+        if len(set(wanted)) > 1:
+            numbers = torch.arange(state.active, device=self.base_model.device)
+            state.present = numbers[:, None] < torch.tensor(wanted, device=numbers.device)
 
     def with_streams(self, streams: int) -> Any:
         """Another model over the same weights, not copied, that runs `streams` streams whatever this one does: a draft
@@ -49,12 +62,14 @@ class StreamsGeneration:
         other.set_streams(streams)
         return other
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, streams: int | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, *args: Any, streams: int | Sequence[int] | HardTokens | None = None, **kwargs: Any
+    ) -> Any:
         """transformers' own `generate`, with the merged logits of all active streams.
 
         Args:
             inputs: the prompt (B, T), and whatever else `generate` takes.
-            streams: p for this call alone.
+            streams: p for this call alone; or a list, a p for each prompt; or `HardTokens`.
 
         Raises:
             InputError: `streams` is not from 1 to P, or the prompt is longer than the model's context.
@@ -90,14 +105,20 @@ class StreamsGeneration:
         return folded.init_continuous_batching(*args, **kwargs)
 
     @contextmanager
-    def _running(self, streams: int | None) -> Iterator[None]:
-        before = self.streams
+    def _running(self, streams: int | Sequence[int] | HardTokens | None) -> Iterator[None]:
+        state = self.base_model.stream_state
+        before = state.active, state.present, state.hard
         if streams is not None:
             self.set_streams(streams)
         try:
             yield
         finally:
-            self.base_model.stream_state.active = before
+            state.active, state.present, state.hard = before
+
+    @property
+    def cached_streams(self) -> int:
+        """For how many streams a KV cache has rows."""
+        return 1 if self.base_model.stream_state.shares_kv else self.streams
 
     def _check_length(self, tokens: int) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)
@@ -106,10 +127,10 @@ class StreamsGeneration:
 
     def _prepare_static_cache(self, cache_implementation: str, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         parent: Any = super()
-        return parent._prepare_static_cache(cache_implementation, batch_size * self.streams, *args, **kwargs)
+        return parent._prepare_static_cache(cache_implementation, batch_size * self.cached_streams, *args, **kwargs)
 
     def _reorder_cache(self, past_key_values: Any, beam_idx: Tensor) -> Any:
-        past_key_values.reorder_cache(reorder(beam_idx, self.streams))
+        past_key_values.reorder_cache(reorder(beam_idx, self.cached_streams))
         return past_key_values
 
 

@@ -30,6 +30,11 @@ def split(x: Float[Tensor, "pb ..."], streams: int) -> Float[Tensor, "p b ..."]:
     return x.unflatten(0, (streams, -1))
 
 
+def first_stream(x: Float[Tensor, "pb ..."], streams: int) -> Float[Tensor, "b ..."]:
+    """The rows of stream 0: (P·B, …) → (B, …)."""
+    return x[: x.shape[0] // streams]
+
+
 def reorder(index: Int[Tensor, " b"], streams: int) -> Int[Tensor, " pb"]:
     """Row indices for a cache of P·B rows, from indices into the batch (beam search): (B,) → (P·B,)."""
     batch = index.numel()

@@ -1,7 +1,8 @@
 """Continuous batching: the streams of a packed batch become heads of transformers' paged cache.
 
 A paged step is one row of tokens from many requests. P streams make it P rows, and the cache knows one: so it is built
-for P × the key/value heads and sees row p's heads as heads p·H … p·H + H − 1. The prefix never enters it, and one copy
+for P × the key/value heads and sees row p's heads as heads p·H … p·H + H − 1; with shared keys and values, for one
+stream's heads. The prefix never enters it, and one copy
 serves all requests.
 """
 
@@ -67,7 +68,7 @@ class FoldedModel(ContinuousMixin):
         self.__dict__.update(origin=origin, model=model, config=_folded_config(model))
 
     def __call__(self, *, cache: PagedAttentionCache, **inputs: Any) -> Any:
-        return self.model(cache=FoldedCache(cache, self.model.streams), **inputs)
+        return self.model(cache=FoldedCache(cache, self.model.cached_streams), **inputs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.origin if name == KEPT else self.model, name)
@@ -102,7 +103,7 @@ def _folded_config(model: Any) -> Any:
         )
     ((heads, size, _),) = shapes
     config.head_dim = size
-    config.num_key_value_heads = streams * heads
+    config.num_key_value_heads = model.cached_streams * heads
     config.num_attention_heads *= streams
     config.hidden_size *= streams  # the manager reckons the memory of a step with it
     config._attn_implementation = "sdpa"  # it then prepares the additive mask that our eager takes as well

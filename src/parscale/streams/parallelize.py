@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.config import PREFIX_SHAPES, StreamsConfig
 from parscale.errors import InputError
+from parscale.streams import kv
 from parscale.streams.attention import SUPPORTED, inner_attention
 from parscale.streams.backbone import StreamsForCausalLM, check_attention
 from parscale.streams.diversify import prefix, protocol
@@ -41,7 +42,8 @@ def parallelize(
     Touches: the classes of the model, its backbone and its config (each becomes a subclass of itself); the attention
     implementation (its tagged twin); `config.model_type` and the `parscale…` entries. Adds: `prefix_k`, `prefix_v` to
     every attention module, `aggregate_layer` to the backbone and, if asked for, `stream_embedding` there, and
-    `stream_lora_a|b`, `stream_scale_in|out` with their forward hooks to every projection of the hidden state. No
+    `stream_lora_a|b`, `stream_scale_in|out` with their forward hooks to every projection of the hidden state; and with
+    shared keys and values, hooks on the causal LM, the attention modules and their key and value projections. No
     existing parameter is changed or renamed. Random draws come from torch's global generator.
 
     Args:
@@ -62,6 +64,8 @@ def parallelize(
     implementation = check_model(model)
     ids = random_tokens(model) if calibration is None else calibration.to(model.device)
     recorded = record_attention(model, implementation, ids)
+    if config.kv == "shared":
+        kv.check(model, recorded)
     diversifiers = protocol.chosen(config)
     for diversifier in diversifiers:
         diversifier.check(model, recorded)
@@ -71,7 +75,7 @@ def parallelize(
     _rewrite_config(model, config, config_class, recorded.layers)
     model.__class__ = model_class
     give_streams(model)
-    if config.has_prefix:
+    if config.enters_attention:
         model.config._attn_implementation = check_attention(model, implementation)
     for diversifier in reversed(diversifiers):  # the prefix is last: its near-identity start measures the whole model
         diversifier.init(model, recorded)
@@ -129,7 +133,7 @@ def _rewrite_config(
     for key, value in ({"parscale": None} | config.to_json()).items():
         setattr(model.config, key, value)
     shapes = {name: layer.shape for name, layer in statistics.items()}
-    if config.has_prefix and shapes != prefix.shapes_from_config(model):
+    if config.enters_attention and shapes != prefix.shapes_from_config(model):
         listed = {name: list(shape) for name, shape in shapes.items()}
         model.config.parscale = (model.config.parscale or {}) | {PREFIX_SHAPES: listed}
 

@@ -17,17 +17,20 @@ QUERIES = 2048
 class LayerStatistics:
     """What one attention module attends with on a calibration batch, heads apart; keys and queries after RoPE.
 
+    keys, values: (Hk, B·T, Dk) and (Hk, B·T, Dv), those of the batch, row after row.
     queries: (Hk, N, Dk), query tokens of all heads that share a key/value head, scaled as the scores want them; at most
         `QUERIES` a head, evenly chosen.
     log_sums: (Hk, N), for each of them the log of the sum of exp(score) over the real tokens that it sees.
     """
 
+    keys: Float[Tensor, "hk tokens dk"]
+    values: Float[Tensor, "hk tokens dv"]
     key_mean: Float[Tensor, "hk dk"]
     key_std: Float[Tensor, "hk dk"]
     value_mean: Float[Tensor, "hk dv"]
     value_std: Float[Tensor, "hk dv"]
-    queries: Float[Tensor, "hk tokens dk"]
-    log_sums: Float[Tensor, "hk tokens"]
+    queries: Float[Tensor, "hk queries dk"]
+    log_sums: Float[Tensor, "hk queries"]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,6 +73,8 @@ def describe(query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: floa
     queries, log_sums = (x.transpose(0, 1).flatten(1, 3) for x in (grouped, log_sums))
     every = -(-queries.shape[1] // QUERIES)
     return LayerStatistics(
+        key_heads,
+        value_heads,
         key_heads.mean(1),
         key_heads.std(1),
         value_heads.mean(1),

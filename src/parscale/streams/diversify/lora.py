@@ -36,8 +36,9 @@ def check(model: Any, calibration: Calibration) -> None:
 
 def attach(model: Any, state: StreamState) -> None:
     """Give every projection its factors, uninitialised, and the hook that uses them."""
-    streams, rank = state.config.streams, state.config.lora_rank
-    for projection in projections.find(model).values():
+    rank = state.config.lora_rank
+    for name, projection in projections.find(model).items():
+        streams = projections.streams_at(name, state.config)
         (size_in, size_out), place = projections.sizes(projection), projections.place_of(projection, model)
         projection.stream_state = state
         projection.stream_lora_a = nn.Parameter(torch.empty(streams, size_in, rank, **place))
@@ -73,8 +74,8 @@ def _start(module: Any) -> None:
 
 
 def _use_update(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    active = module.stream_state.active
-    return add_update(output, args[0], module.stream_lora_a[:active], module.stream_lora_b[:active])
+    own = module.stream_state.own
+    return add_update(output, args[0], module.stream_lora_a[own], module.stream_lora_b[own])
 
 
 def _by_stream(x: Float[Tensor, "pb ... d"], streams: int) -> Float[Tensor, "p n d"]:

@@ -52,14 +52,15 @@ def check(model: Any, calibration: Calibration) -> None:
 
 
 def attach(model: Any, state: StreamState) -> None:
-    """Give every attention module its bank, uninitialised: `prefix_k` (P, Hk, n, Dk) and `prefix_v` (P, Hk, n, Dv)."""
-    streams, tokens = state.config.streams, state.config.prefix_tokens
+    """Give every attention module its bank, uninitialised: `prefix_k` (P, Hk, n, Dk) and `prefix_v` (P, Hk, n, Dv);
+    with a shared prefix their first dimension is 1."""
+    prefixes, tokens = state.config.prefixes, state.config.prefix_tokens
     for name, (heads, key_size, value_size) in shapes_from_config(model).items():
         module = model.base_model.get_submodule(name)
         place = place_of(module, model)
         module.stream_state = state
-        module.prefix_k = nn.Parameter(torch.empty(streams, heads, tokens, key_size, **place))
-        module.prefix_v = nn.Parameter(torch.empty(streams, heads, tokens, value_size, **place))
+        module.prefix_k = nn.Parameter(torch.empty(prefixes, heads, tokens, key_size, **place))
+        module.prefix_v = nn.Parameter(torch.empty(prefixes, heads, tokens, value_size, **place))
 
 
 def detach(model: Any) -> None:
@@ -77,11 +78,12 @@ def init(model: Any, calibration: Calibration) -> None:
     if settings.prefix_init == "near_identity":
         _start_near_identity(model, layers, calibration)
         return
+    start = _STARTS.get(settings.prefix_init, init_normal)
     for name, module in layers.items():
-        init_normal(module, calibration.layers[name])
+        start(module, calibration.layers[name])
     if settings.prefix_init == "reparameterized":
         width = model.get_input_embeddings().embedding_dim
-        generator = PrefixGenerator(layers.values(), settings.streams, settings.prefix_tokens, width)
+        generator = PrefixGenerator(layers.values(), settings.prefixes, settings.prefix_tokens, width)
         for name, module in layers.items():
             generator.match(module.layer_idx, calibration.layers[name])
         backbone.prefix_generator = generator.to(device=model.device, dtype=model.dtype)
@@ -112,6 +114,32 @@ def init_normal(module: Any, statistics: LayerStatistics) -> None:
         (module.prefix_v, statistics.value_mean, statistics.value_std),
     ):
         bank.normal_().mul_(std[:, None].to(bank)).add_(mean[:, None].to(bank))
+
+
+@torch.no_grad()
+def init_orthogonal(module: Any, statistics: LayerStatistics) -> None:
+    """As `init_normal`, but in every head the streams' deviations from the mean, flattened, are at right angles."""
+    init_normal(module, statistics)
+    for bank, mean in ((module.prefix_k, statistics.key_mean), (module.prefix_v, statistics.value_mean)):
+        mean = mean[:, None].to(bank)
+        deviation = (bank - mean).transpose(0, 1).flatten(2).float()  # (Hk, P, n·D)
+        directions = torch.linalg.qr(deviation.mT).Q.mT  # (Hk, P, n·D); needs P <= n·D
+        turned = directions * deviation.norm(dim=-1, keepdim=True)
+        bank.copy_(turned.transpose(0, 1).view(bank.shape).to(bank) + mean)
+
+
+@torch.no_grad()
+def init_text(module: Any, statistics: LayerStatistics) -> None:
+    """The keys and values of n tokens of the calibration text in a row, for every stream from another place in it."""
+    streams, _, n, _ = module.prefix_k.shape
+    tokens = statistics.keys.shape[1]
+    for stream in range(streams):
+        places = (torch.arange(n, device=statistics.keys.device) + stream * tokens // streams) % tokens
+        module.prefix_k[stream] = statistics.keys[:, places].to(module.prefix_k)
+        module.prefix_v[stream] = statistics.values[:, places].to(module.prefix_v)
+
+
+_STARTS = {"orthogonal": init_orthogonal, "text": init_text}
 
 
 @torch.no_grad()
@@ -182,15 +210,15 @@ class PrefixGenerator(nn.Module):
 
     Args:
         layers: the attention modules that carry a bank.
-        streams: P.
+        prefixes: P, or 1 for one that all streams share.
         tokens: n.
         width: size of the learned vectors and of the hidden layer.
     """
 
-    def __init__(self, layers: Iterable[Any], streams: int, tokens: int, width: int) -> None:
+    def __init__(self, layers: Iterable[Any], prefixes: int, tokens: int, width: int) -> None:
         super().__init__()
         self.shapes = {m.layer_idx: (m.prefix_k.shape[1], m.prefix_k.shape[3], m.prefix_v.shape[3]) for m in layers}
-        self.vectors = nn.Parameter(torch.randn(streams, tokens, width))
+        self.vectors = nn.Parameter(torch.randn(prefixes, tokens, width))
         self.hidden = nn.Linear(width, width)
         self.out = nn.ModuleDict(
             {str(layer): nn.Linear(width, heads * (dk + dv)) for layer, (heads, dk, dv) in self.shapes.items()}

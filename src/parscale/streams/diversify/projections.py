@@ -12,7 +12,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from parscale.config import StreamsConfig
 from parscale.errors import InputError
+from parscale.streams.kv import KEYS_AND_VALUES
 
 _BACK_TO_HIDDEN = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "wo", "w2", "fc2", "fc_out")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -38,6 +40,11 @@ def find(model: Any) -> dict[str, Any]:
             f"({hidden_size} features), so 'lora' and 'rank1' cannot be in diversify; use 'prefix' or 'embedding'"
         )
     return found
+
+
+def streams_at(name: str, config: StreamsConfig) -> int:
+    """How many streams use the projection of this name: with shared keys and values, stream 0 alone makes them."""
+    return 1 if config.kv == "shared" and name.rpartition(".")[2] in KEYS_AND_VALUES else config.streams
 
 
 def sizes(projection: Any) -> tuple[int, int]:

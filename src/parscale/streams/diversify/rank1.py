@@ -34,11 +34,12 @@ def check(model: Any, calibration: Calibration) -> None:
 
 def attach(model: Any, state: StreamState) -> None:
     """Give every projection its scales, uninitialised, and the hooks that use them."""
-    for projection in projections.find(model).values():
+    for name, projection in projections.find(model).items():
+        streams = projections.streams_at(name, state.config)
         (size_in, size_out), place = projections.sizes(projection), projections.place_of(projection, model)
         projection.stream_state = state
-        projection.stream_scale_in = nn.Parameter(torch.empty(state.config.streams, size_in, **place))
-        projection.stream_scale_out = nn.Parameter(torch.empty(state.config.streams, size_out, **place))
+        projection.stream_scale_in = nn.Parameter(torch.empty(streams, size_in, **place))
+        projection.stream_scale_out = nn.Parameter(torch.empty(streams, size_out, **place))
         projection.stream_scale_hooks = (
             projection.register_forward_pre_hook(_scale_input),
             projection.register_forward_hook(_scale_output),
@@ -75,8 +76,8 @@ def _start(module: Any, spread: float) -> None:
 
 def _scale_input(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, *others = args
-    return scale(x, module.stream_scale_in[: module.stream_state.active]), *others
+    return scale(x, module.stream_scale_in[module.stream_state.own]), *others
 
 
 def _scale_output(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return scale(output, module.stream_scale_out[: module.stream_state.active])
+    return scale(output, module.stream_scale_out[module.stream_state.own])

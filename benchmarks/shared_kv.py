@@ -1,0 +1,113 @@
+"""Own keys and values, shared ones and the plain model, in one run: prefill, decode, KV cache, training step.
+
+    python benchmarks/shared_kv.py                                                    # 0.54 B, bf16: needs 10 GB
+    python benchmarks/shared_kv.py --layers 2 --rounds 3 --prefill 64 --contexts 512  # small, to try it
+
+Own streams have a prefix each (the paper); shared ones a prefix and a LoRA each, or one prefix for all and a LoRA each,
+as serving engines can hold it. Rows: median, quartiles, and the median over rounds of the ratio to the plain model.
+CPU only.
+"""
+
+import argparse
+import copy
+from typing import Any
+
+import torch
+from core import shape
+from record import interleaved, summary, write
+from transformers import AutoModelForCausalLM
+from worker import Case
+
+import parscale
+from parscale import StreamsConfig
+
+STREAMS = 8
+LORA: Any = ("prefix", "lora")
+KINDS = {
+    "own": StreamsConfig(STREAMS),
+    "own+lora": StreamsConfig(STREAMS, diversify=LORA),
+    "shared+lora": StreamsConfig(STREAMS, diversify=LORA, kv="shared"),
+    "shared+lora, one prefix": StreamsConfig(STREAMS, diversify=LORA, kv="shared", shared_prefix=True),
+}
+
+
+def models(layers: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Kind → model; all over the same weights, not copied."""
+    plain = AutoModelForCausalLM.from_config(shape(layers), dtype=dtype).eval()
+    shared = {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]}
+    made = {"plain": plain}
+    for kind, config in KINDS.items():
+        made[kind] = parscale.parallelize(copy.deepcopy(plain, dict(shared)), config)
+    return made
+
+
+def generation(options: argparse.Namespace, built: dict[str, Any]) -> list[dict[str, Any]]:
+    """Prefill by prompt length, then one token on a cache of each length."""
+    cases = {"plain": Case(built["plain"])}
+    for kind in KINDS:
+        cases |= {f"{kind} P={p}": Case(built[kind], p) for p in (1, STREAMS)}
+    rows: list[dict[str, Any]] = []
+    for tokens in options.prefill:
+        runs = {name: (lambda case=case, n=tokens: case.prefill(n)) for name, case in cases.items() if "P=1" not in name}
+        rounds = max(3, min(options.rounds, options.rounds * 256 // tokens))
+        rows += _timed({"phase": "prefill", "tokens": tokens}, runs, rounds)
+    for context in options.contexts:
+        found: dict[str, dict[str, Any]] = {}
+        for name, case in cases.items():  # one at a time: eight own caches of 16k tokens are 2.4 GB
+            case.fill(context, static=True)
+            keys, values = case.cache.layers[0].keys, case.cache.layers[0].values
+            size = (keys.nbytes + values.nbytes) * len(case.cache.layers)
+            times = interleaved({name: case.decode}, options.rounds)[name]
+            found[name] = {"times": times, "cache_mb": round(size / 1e6, 1)}
+            case.prefill(2)  # lets go of the long cache
+        for name, one in found.items():
+            row = {"phase": "decode", "context": context, "case": name, "cache_mb": one["cache_mb"]}
+            rows.append(row | summary(one["times"], found["plain"]["times"]))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def training(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Forward and backward over a sequence, everything training, float32; fewer layers, for their gradients."""
+    built = models(options.train_layers, torch.float32)
+    ids = torch.randint(shape(1).vocab_size, (1, options.train_tokens))
+
+    def run(model: Any, streams: int | None) -> None:
+        if streams:
+            model.set_streams(streams)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()  # here, so that the waiting cases hold no gradients
+
+    runs = {"plain": lambda: run(built["plain"], None)}
+    for kind in KINDS:
+        runs |= {f"{kind} P={p}": (lambda k=kind, p=p: run(built[k], p)) for p in (4, STREAMS)}
+    about = {"phase": "training", "tokens": options.train_tokens, "layers": options.train_layers}
+    return _timed(about, runs, options.rounds)
+
+
+def _timed(about: dict[str, Any], runs: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+    times = interleaved(runs, rounds, warmup=1)
+    rows = [about | {"case": name} | summary(seconds, times["plain"]) for name, seconds in times.items()]
+    print(*rows, sep="\n", flush=True)
+    return rows
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--layers", type=int, default=36)
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--prefill", type=int, nargs="*", default=[64, 256, 1024])
+    arguments.add_argument("--contexts", type=int, nargs="*", default=[256, 4096, 16384])
+    arguments.add_argument("--train-layers", type=int, default=4)
+    arguments.add_argument("--train-tokens", type=int, default=256)
+    arguments.add_argument("--name", default="shared_kv")
+    options = arguments.parse_args()
+    torch.manual_seed(0)
+    rows = training(options)
+    with torch.no_grad():
+        rows += generation(options, models(options.layers, torch.bfloat16))
+    print(write(options.name, vars(options), rows))
+
+
+if __name__ == "__main__":
+    main()

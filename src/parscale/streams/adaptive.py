@@ -1,0 +1,123 @@
+"""A p for every token: one stream for easy tokens, P for hard ones, told apart by the entropy of stream 0's prediction.
+
+Not in the paper. It needs shared keys and values: only then does the KV cache not depend on p, and every token may
+have its own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from parscale.errors import InputError
+
+
+@dataclass(frozen=True)
+class HardTokens:
+    """Run `streams` streams where stream 0 alone predicts with an entropy above `entropy`, and stream 0 elsewhere.
+
+    A hard token costs a pass of one stream and a pass of all; an easy one a pass of one. Give it to `set_streams`, or to
+    `generate` as `streams`.
+
+    Args:
+        entropy: of the prediction, in nats; 0 makes every token hard.
+        streams: p for hard tokens.
+
+    Raises:
+        InputError: a negative entropy, or fewer than two streams.
+    """
+
+    entropy: float
+    streams: int
+
+    def __post_init__(self) -> None:
+        if not self.entropy >= 0:
+            raise InputError(f"entropy={self.entropy!r} is not accepted; give nats >= 0")
+        if isinstance(self.streams, bool) or not isinstance(self.streams, int) or self.streams < 2:
+            raise InputError(f"streams={self.streams!r} is not accepted for hard tokens; give an integer >= 2")
+
+
+@dataclass(frozen=True)
+class AdaptiveLoss:
+    """What a threshold gives. `share` of the tokens are hard; `loss` is the mean over all, in nats per token."""
+
+    entropy: float
+    share: float
+    loss: float
+
+
+def run_hard_rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """After the causal LM ran stream 0 for a decoded token: run all streams if a row is hard, and take theirs there.
+
+    Raises:
+        InputError: a cache that cannot give back its last token.
+    """
+    state = model.base_model.stream_state
+    if state.hard is None or torch.is_grad_enabled():
+        return None
+    hard = prediction_entropy(output.logits[:, -1]) > state.hard.entropy  # (B,)
+    if not hard.any():
+        return None
+    cache = output.past_key_values
+    tokens = (kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]).shape[1]
+    if cache is not None:
+        if any(cache.is_sliding) or cache.is_compileable:
+            raise InputError("hard tokens need a cache that can be cropped: a DynamicCache without sliding windows")
+        cache.crop(-tokens)
+    threshold, state.hard = state.hard, None
+    try:
+        with model._running(threshold.streams):
+            again = model(*args, **kwargs | {"past_key_values": cache})
+    finally:
+        state.hard = threshold
+    output.logits = torch.where(hard[:, None, None], again.logits, output.logits)
+    output.past_key_values = again.past_key_values
+    return output
+
+
+def prediction_entropy(logits: Float[Tensor, "... v"]) -> Float[Tensor, "..."]:
+    """Entropy of the predicted distribution, in nats."""
+    log_p = logits.float().log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@torch.no_grad()
+def adaptive_losses(
+    model: Any, input_ids: Int[Tensor, "b t"], shares: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+) -> list[AdaptiveLoss]:
+    """Loss against the share of hard tokens, on text: what a threshold is worth.
+
+    Args:
+        model: a causal LM with shared keys and values, in evaluation mode.
+        input_ids: (B, T), without padding.
+        shares: of the tokens that shall be hard; the threshold of each is found on this text.
+
+    Raises:
+        InputError: the streams have keys and values of their own.
+    """
+    check_adaptive(model)
+    losses, targets = [], input_ids[:, 1:]
+    entropies = torch.empty(0)
+    for p in (1, model.base_model.stream_state.config.streams):
+        with model._running(p):
+            logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+        losses.append(F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none").flatten())
+        entropies = prediction_entropy(logits).flatten() if p == 1 else entropies
+    order = entropies.argsort(descending=True)
+    rows = []
+    for share in shares:
+        count = round(share * len(order))
+        hard = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+        hard[order[:count]] = True
+        threshold = entropies[order[count]].item() if count < len(order) else 0.0
+        rows.append(AdaptiveLoss(threshold, count / len(order), torch.where(hard, losses[1], losses[0]).mean().item()))
+    return rows
+
+
+def check_adaptive(model: Any) -> None:
+    """Raise InputError unless the model's streams share keys and values."""
+    if model.base_model.stream_state.config.kv != "shared":
+        raise InputError("a p for every token needs shared keys and values; train the streams with kv='shared'")

@@ -1,0 +1,205 @@
+"""Whose keys and values the streams attend to: each its own (the paper), or all of them stream 0's (`kv="shared"`).
+
+Not in the paper. With shared ones an attention module still sees the P·B rows of all streams, but projects keys and
+values from stream 0's alone, and the KV cache holds B rows: to an engine it is grouped-query attention with P times the
+query heads. A prompt needs stream 0 alone, for what the others compute there is read by nobody.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import Cache, DynamicCache
+
+from parscale.errors import InputError
+from parscale.streams.adaptive import run_hard_rows
+from parscale.streams.diversify.calibration import Calibration
+from parscale.streams.order import duplicate, first_stream, split
+
+KEYS_AND_VALUES = ("k_proj", "v_proj")
+"""Projections that run for stream 0 alone. Where queries, keys and values are one fused matrix, all rows pass it, and
+the other streams' keys and values are dropped."""
+
+
+class FirstStreamCache:
+    """What an attention module is given in the KV cache's place: stream 0's rows are written, all else is dropped.
+    Modules call nothing but `update`.
+    """
+
+    def __init__(self, inner: Cache, streams: int) -> None:
+        self.inner = inner
+        self.streams = streams
+
+    def update(
+        self, key_states: Float[Tensor, "pb h t d"], value_states: Float[Tensor, "pb h t e"], *args: Any, **kwargs: Any
+    ) -> tuple[Float[Tensor, "b h s d"], Float[Tensor, "b h s e"]]:
+        """Write this step's keys and values of stream 0; return all that the batch attends to."""
+        return self.inner.update(*of_first_stream(key_states, value_states, self.streams), *args, **kwargs)
+
+
+def of_first_stream(key: Tensor, value: Tensor, streams: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of stream 0: (P·B, …) → (B, …)."""
+    return first_stream(key, streams), first_stream(value, streams)
+
+
+def check(model: Any, calibration: Calibration) -> None:
+    """Every layer has to attend to keys and values. A recurrent state, of another stream each, cannot be shared.
+
+    Raises:
+        InputError: the model has layers of another kind.
+    """
+    layers = model.config.num_hidden_layers
+    if len(calibration.layers) < layers:
+        raise InputError(
+            f"{type(model).__name__}: only {len(calibration.layers)} of its {layers} layers attend to keys and values, "
+            "the others keep a state of their own for every stream; use kv='own'"
+        )
+
+
+def attach(model: Any, attention: list[str]) -> None:
+    """Let the named attention modules share, and the prompt be read by stream 0 alone. After the diversifiers' hooks:
+    what theirs add to a projection is added for stream 0 too, before the result is given to all.
+    """
+    backbone = model.base_model
+    hooks: list[Any] = [
+        model.register_forward_pre_hook(prompt_by_first_stream, with_kwargs=True),
+        model.register_forward_hook(run_hard_rows, with_kwargs=True),
+    ]
+    for name in attention:
+        module = backbone.get_submodule(name)
+        module.stream_state = backbone.stream_state
+        hooks.append(module.register_forward_pre_hook(_write_first_stream, with_kwargs=True))
+        for projection in (child for leaf, child in module.named_children() if leaf in KEYS_AND_VALUES):
+            projection.stream_state = backbone.stream_state
+            hooks.append(projection.register_forward_pre_hook(_take_first_stream, prepend=True))
+            hooks.append(projection.register_forward_hook(_give_to_all))
+    backbone.stream_kv_hooks = hooks
+
+
+def detach(model: Any) -> None:
+    """Undo `attach`; nothing happens where nothing is attached."""
+    for hook in vars(model.base_model).pop("stream_kv_hooks", []):
+        hook.remove()
+
+
+def decode(
+    query: Float[Tensor, "pb h 1 d"],
+    key: Float[Tensor, "b hk s d"],
+    value: Float[Tensor, "b hk s e"],
+    prefix: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    scaling: float | None,
+    streams: int,
+) -> Float[Tensor, "pb 1 h e"]:
+    """softmax([q_p·prefix_k_p, q_p·k])·[prefix_v_p; v] for one query token of every stream p: one read of the cache.
+
+    The prefix is (P, Hk, n, D) and (P, Hk, n, E); (1, Hk, n, …) if it is one for all streams; or None. The mask may have
+    rows for every stream, all alike.
+    """
+    kv_heads = key.shape[1]
+    by_stream = split(query.squeeze(2).unflatten(1, (kv_heads, -1)), streams)  # (P, B, Hk, G, D)
+    by_stream = by_stream * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    folded = by_stream.permute(1, 2, 0, 3, 4).flatten(2, 3)  # (B, Hk, P·G, D): P·G query heads share a K/V head
+    scores = folded @ key.transpose(-1, -2)  # (B, Hk, P·G, S)
+    if mask is not None:
+        mask = mask[: key.shape[0]]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    n = 0
+    if prefix is not None:
+        prefix_k, prefix_v = (bank.expand(streams, -1, -1, -1) for bank in prefix)
+        n = prefix_k.shape[2]
+        prefix_scores = (by_stream @ prefix_k[:, None].transpose(-1, -2)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        scores = torch.cat([prefix_scores, scores], dim=-1)  # (B, Hk, P·G, n+S)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=dtype).to(value.dtype)
+    out = (weights[..., n:] @ value).unflatten(2, (streams, -1)).permute(2, 0, 1, 3, 4)  # (P, B, Hk, G, E)
+    if prefix is not None:
+        on_prefix = weights[..., :n].unflatten(2, (streams, -1)).permute(2, 0, 1, 3, 4)  # (P, B, Hk, G, n)
+        out = out + on_prefix @ prefix_v[:, None]
+    return out.flatten(0, 1).flatten(1, 2)[:, None]  # (P·B, 1, H, E)
+
+
+def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before the causal LM runs several streams over a prompt of which only the last logits are asked for: run stream 0
+    over what comes before them, into the cache, and leave the rest to all streams. The same logits and the same cache.
+    """
+    keep, cache = kwargs.get("logits_to_keep", 0), kwargs.get("past_key_values")
+    name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
+    inputs, mask, positions = kwargs.get(name), kwargs.get("attention_mask"), kwargs.get("position_ids")
+    state = model.base_model.stream_state
+    others = {key: x for key, x in kwargs.items() if key not in _DIVIDED and x is not None and x is not False}
+    if (
+        not (state.shares_kv or state.hard)
+        or torch.is_grad_enabled()
+        or args
+        or inputs is None
+        or not isinstance(keep, int)
+        or not 0 < keep < inputs.shape[1]
+        or not (kwargs.get("use_cache") or cache is not None)
+        or others.keys() - _HARMLESS
+        or not _is_divisible(mask, cache)
+    ):
+        return None
+    if isinstance(mask, dict) and None in mask.values():
+        mask = None  # transformers leaves out what is causal anyway, for all tokens together: not so for the last ones
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    before, last = slice(None, -keep), slice(-keep, None)
+    with model._running(1):
+        model.base_model(
+            **{name: inputs[:, before]},
+            attention_mask=_rows_of_mask(mask, before, cut=not cache.is_compileable),
+            position_ids=None if positions is None else positions[..., before],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    divided = {
+        name: inputs[:, last],
+        "attention_mask": _rows_of_mask(mask, last, cut=False),
+        "position_ids": None if positions is None else positions[..., last],
+        "past_key_values": cache,
+    }
+    return args, kwargs | divided
+
+
+_DIVIDED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+_HARMLESS = {"logits_to_keep", "use_cache", "return_dict"}
+
+
+def _is_divisible(mask: Any, cache: Cache | None) -> bool:
+    """Whether `_rows_of_mask` can divide it. A prepared mask of a sliding window counts keys from where the window of the
+    whole prompt begins."""
+    masks = list(mask.values()) if isinstance(mask, dict) else [mask]
+    prepared = [m for m in masks if isinstance(m, BlockMask) or (m is not None and m.ndim == 4)]
+    sliding = cache is not None and any(cache.is_sliding)
+    return not any(isinstance(m, BlockMask) for m in masks) and not (sliding and prepared)
+
+
+def _rows_of_mask(mask: Any, queries: slice, cut: bool) -> Any:
+    """The mask for some of the query tokens. A 2-D mask (B, S) is one of keys; a 4-D one (B, 1, T, S) of both. `cut`
+    takes the keys away that the cache has no place for yet: those of the tokens left out."""
+    if isinstance(mask, dict):
+        return {kind: _rows_of_mask(one, queries, cut) for kind, one in mask.items()}
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        return mask[:, queries] if queries.stop is not None else mask
+    return mask[..., queries, queries] if cut else mask[..., queries, :]
+
+
+def _write_first_stream(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    state = module.stream_state
+    if not state.shares_kv:
+        return None
+    return args, {k: FirstStreamCache(x, state.active) if isinstance(x, Cache) else x for k, x in kwargs.items()}
+
+
+def _take_first_stream(module: Any, args: tuple[Tensor, ...]) -> Any:
+    state = module.stream_state
+    return (first_stream(args[0], state.active), *args[1:]) if state.shares_kv else None
+
+
+def _give_to_all(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    state = module.stream_state
+    return duplicate(output, state.active) if state.shares_kv else output

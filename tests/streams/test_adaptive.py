@@ -1,0 +1,79 @@
+"""A p for every token: what each token gets is what it gets when all tokens run that p."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parscale import HardTokens, InputError
+from parscale.streams.adaptive import adaptive_losses, prediction_entropy
+from tests.small import NEW, VOCABULARY, build, with_streams
+
+
+@pytest.fixture
+def model() -> Any:
+    return with_streams(build(), kv="shared", diversify=("prefix", "lora"))
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def by_hand(model: Any, ids: Tensor, hard: HardTokens) -> tuple[Tensor, list[bool]]:
+    """Greedy, the whole sequence anew for each token and row at the p that the token deserves."""
+    rows, chosen = [], []
+    for row in ids:
+        row = row[None]
+        for _ in range(NEW):
+            model.set_streams(1)
+            logits = model(row).logits[:, -1]
+            chosen.append(prediction_entropy(logits).item() > hard.entropy)
+            if chosen[-1]:
+                model.set_streams(hard.streams)
+                logits = model(row).logits[:, -1]
+            row = torch.cat([row, logits.argmax(-1, keepdim=True)], dim=1)
+        rows.append(row)
+    return torch.cat(rows), chosen
+
+
+def test_generates_each_token_at_its_own_p(model: Any, ids: Tensor) -> None:
+    model.set_streams(1)
+    with torch.no_grad():
+        middle = prediction_entropy(model(ids).logits).median().item()
+    hard = HardTokens(entropy=middle, streams=3)
+    expected, chosen = by_hand(model, ids, hard)
+    assert any(chosen) and not all(chosen)
+    model.set_streams(4)
+    options: Any = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, streams=hard, **options), expected)
+    assert model.streams == 4 and model.base_model.stream_state.hard is None
+    model.set_streams(hard)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_losses_between_one_stream_and_all(model: Any, ids: Tensor) -> None:
+    rows = adaptive_losses(model, ids, shares=(0.0, 0.5, 1.0))
+    losses = {}
+    for p in (1, 4):
+        model.set_streams(p)
+        losses[p] = model(ids, labels=ids).loss.item()
+    assert [row.share for row in rows] == [0.0, 0.5, 1.0]
+    assert rows[0].loss == pytest.approx(losses[1]) and rows[2].loss == pytest.approx(losses[4])
+    assert rows[0].entropy > rows[1].entropy > rows[2].entropy
+
+
+def test_refusals(model: Any) -> None:
+    with pytest.raises(InputError, match="entropy=-1.0"):
+        HardTokens(-1.0, 2)
+    with pytest.raises(InputError, match="streams=1"):
+        HardTokens(1.0, 1)
+    with pytest.raises(InputError, match="this model has 4"):
+        model.set_streams(HardTokens(1.0, 5))
+    with pytest.raises(InputError, match="kv='shared'"):
+        with_streams(build()).set_streams(HardTokens(1.0, 2))
+    with pytest.raises(InputError, match="can be cropped"):
+        ids = torch.ones(1, 4, dtype=torch.long)
+        model.generate(ids, streams=HardTokens(0.0, 2), cache_implementation="static", max_new_tokens=2)
