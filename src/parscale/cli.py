@@ -3,6 +3,7 @@
 Imports stand inside the verbs, so that each loads only what it needs.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from parscale.errors import InputError
+from parscale.serve.limits import Limits
 
 Model = Annotated[str, tyro.conf.Positional]
 
@@ -80,6 +82,7 @@ def probe(
     control: str | None = None,
     sequences: int = 8,
     block_size: int = 256,
+    plot: Path | None = None,
     json: bool = False,
 ) -> None:
     """Do the streams differ, and are they all used? Correlation, weights, losses and a verdict, on held-out text.
@@ -90,11 +93,12 @@ def probe(
         control: a model to measure the streams' errors against: best, P=1 with a prefix.
         sequences: how many sequences to look at.
         block_size: tokens in each.
+        plot: draw all of it to this .png, .svg or .pdf.
         json: print JSON instead of a table.
     """
     from parscale.probe import probe_model
 
-    probe_model(model, data=data, control=control, sequences=sequences, block_size=block_size, as_json=json)
+    probe_model(model, data=data, control=control, sequences=sequences, block_size=block_size, as_json=json, plot=plot)
 
 
 def law_fit(
@@ -299,6 +303,64 @@ def plan(
     report_plan(json, plot, memory=memory, latency=latency, train_flops=train_flops, tokens=tokens, **choices)
 
 
+def serve(
+    model: Model,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    streams: int | None = None,
+    api_key: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    limits: Annotated[Limits, tyro.conf.arg(name="")] = Limits(),  # noqa: B008 (frozen)
+) -> None:
+    """Serve a model under OpenAI's interface, until SIGTERM or Ctrl-C; answers under way are finished. docs/deploy.md
+
+    Args:
+        model: a folder or a hub name, with or without streams; safetensors only, no remote code.
+        host: the address to listen on; 0.0.0.0 for other machines too.
+        port: 0 takes a free one. The first line printed tells it.
+        streams: p of requests that name none; by default all.
+        api_key: what clients must send; by default the environment variable PARSCALE_API_KEY, which others do not see.
+        dtype: of the weights; auto is the checkpoint's.
+        limits: what one request may ask (its fields are flags of their own).
+    """
+    from parscale.serve.server import serve as run
+
+    run(model, host=host, port=port, streams=streams, api_key=api_key, dtype=dtype, limits=limits)
+
+
+def export(
+    model: Model,
+    out: Path,
+    to: Literal["onnx", "openvino"],
+    weights: Literal["float32", "int8", "int4"] = "float32",
+    streams: int | None = None,
+    data: tuple[str, ...] = (),
+    sequences: int = 8,
+    block_size: int = 256,
+    json: bool = False,
+) -> None:
+    """Write a model as one graph for ONNX Runtime GenAI or OpenVINO GenAI, with the streams inside. docs/export.md
+
+    Args:
+        model: a folder or a hub name, with or without streams (qwen2, qwen3, llama, mistral).
+        out: folder to write; it must not hold anything yet.
+        to: the engine.
+        weights: of the linear layers and the LM head.
+        streams: write this many of the model's streams; by default all. A graph's P is fixed.
+        data: text, on whose held-out part the perplexity in float32 and that of what was written are measured;
+            "stdlib" is this Python's own standard library. By default none.
+        sequences: how many sequences of it, at most.
+        block_size: tokens in each.
+        json: print JSON instead of text.
+    """
+    from parscale.export.run import export_model, report_export
+
+    options = {"streams": streams, "data": data, "sequences": sequences, "block_size": block_size}
+    report_export(export_model(model, out, engine=to, weights=weights, **options), json)
+
+
+_RECIPE = "pretrain, retrofit, frozen or sft, or a YAML file: values for the flags below, which win over it."
+
 VERBS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "generate": generate,
@@ -306,7 +368,35 @@ VERBS: dict[str, Callable[..., Any]] = {
     "law": law,
     "cost": cost,
     "plan": plan,
+    "export": export,
+    "serve": serve,
 }
+
+
+def _train_verb(argv: list[str]) -> Callable[..., None]:
+    """`train`, whose flags have the values of the recipe that `argv` names as their defaults."""
+    from parscale.train.config import TrainConfig
+
+    # The flags' defaults must be there before they are parsed, so the recipe's name is looked up first, by itself.
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe", nargs="?")
+    name = finder.parse_known_args(argv)[0].recipe if argv[:1] == ["train"] else None
+    defaults: Any = tyro.MISSING
+    if name is not None:
+        from parscale.train.recipes import read_recipe
+
+        defaults = TrainConfig(**{"stage": tyro.MISSING, "output": tyro.MISSING} | read_recipe(name))
+
+    def train(
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = defaults,
+        recipe: Annotated[str | None, tyro.conf.arg(help=_RECIPE)] = None,
+    ) -> None:
+        from parscale.train.report import run
+
+        run(config)
+
+    train.__doc__ = "One training run: pretrain, retrofit, frozen or sft. docs/train.md"
+    return train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -318,16 +408,8 @@ def main(argv: list[str] | None = None) -> int:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    from parscale.train.config import TrainConfig
-
-    def train_verb(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-        from parscale.train.trainer import train
-
-        train(config)
-
-    train_verb.__doc__ = TrainConfig.__doc__
-    verbs = {"train": train_verb} | VERBS
     try:
+        verbs = {"train": _train_verb(sys.argv[1:] if argv is None else argv)} | VERBS
         tyro.extras.subcommand_cli_from_dict(
             verbs, prog="parscale", description="Parallel streams for causal language models.", args=argv
         )

@@ -1,22 +1,38 @@
 """Loading a model, with or without streams, so that whatever is wrong with its folder is told in one line."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale.errors import InputError
+from parscale.streams.checkpoint import MANIFEST, load_streams
+
+LORA = "adapter_config.json"
+"""What `peft` calls the settings of a LoRA in its folder."""
 
 
-def load_model(name: str | Path, **options: Any) -> Any:
+def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained`, safetensors only and no remote code.
 
+    A folder of adapters is loaded onto the base that it names: a LoRA of `peft` is merged into its weights, and the
+    streams beside it are put on. `quantize` holds the backbone in "int8" or "int4": by torchao on a CPU, by
+    bitsandbytes on a GPU.
+
     Raises:
-        InputError: no such folder or hub name, a config that no model understands, or a damaged checkpoint.
+        InputError: no such folder or hub name, a config that no model understands, a damaged checkpoint, or the
+            package for the quantisation is not there.
     """
+    folder = Path(name)
+    if not (folder / "config.json").exists() and any((folder / file).exists() for file in (MANIFEST, LORA)):
+        return _load_adapters(folder, options)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, trust_remote_code=False, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, **_quantization(quantize), **options
+        )
     except InputError:
         raise
     except SafetensorError as error:
@@ -40,3 +56,45 @@ def load_tokenizer(name: str | Path) -> Any:
 def first_line(error: Exception) -> str:
     """What an error says first: later lines are advice for the developers of other libraries."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _load_adapters(folder: Path, options: dict[str, Any]) -> Any:
+    try:
+        facts = {file: json.loads((folder / file).read_text()) for file in (MANIFEST, LORA) if (folder / file).exists()}
+        base = facts[MANIFEST]["base"]["name"] if MANIFEST in facts else facts[LORA]["base_model_name_or_path"]
+        record = folder / "train.json"
+        quantize = json.loads(record.read_text())["config"]["quantize"] if record.exists() else "none"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"model {str(folder)!r}: its adapters' files cannot be read ({first_line(error)})") from None
+    model = load_model(base, quantize=quantize, **options)
+    if MANIFEST in facts:
+        model = load_streams(model, folder)
+    if LORA in facts:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    return model
+
+
+def _quantization(bits: str) -> dict[str, Any]:
+    """Keywords of `from_pretrained`."""
+    if bits == "none":
+        return {}
+    try:
+        if torch.cuda.is_available():
+            from transformers import BitsAndBytesConfig
+
+            settings: Any = BitsAndBytesConfig(
+                load_in_8bit=bits == "int8",
+                load_in_4bit=bits == "int4",
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+        else:
+            from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+            from transformers import TorchAoConfig
+
+            settings = TorchAoConfig(Int8WeightOnlyConfig() if bits == "int8" else Int4WeightOnlyConfig(group_size=32))
+    except ImportError as error:
+        raise InputError(f"quantize={bits!r} needs a package: pip install 'parscale[quant]' ({error})") from None
+    return {"quantization_config": settings, "dtype": torch.bfloat16}

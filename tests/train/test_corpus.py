@@ -131,9 +131,11 @@ def test_a_file_of_unknown_kind_is_refused(tmp_path):
 
 def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a")
-    monkeypatch.setattr(
-        Path, "read_bytes", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
-    )
+
+    def denied(path: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
     assert "a.txt: cannot be read: Permission denied" in refused(tmp_path)
 
 

@@ -1,13 +1,23 @@
 """What each stage trains, and at which rate."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config, get_scheduler
 
 import parscale
 from parscale.errors import InputError
-from parscale.train.config import Rates
-from parscale.train.stages import count_stream_parameters, freeze_backbone, is_diversifier, parameter_groups
+from parscale.train.config import Rates, TrainConfig
+from parscale.train.stages import (
+    count_stream_parameters,
+    freeze_backbone,
+    hold_backbone,
+    is_diversifier,
+    parameter_groups,
+    schedule,
+)
 
 
 def plain():
@@ -87,3 +97,55 @@ def test_updates_of_the_projections_belong_to_the_streams() -> None:
     assert trained == {"stream_lora_a", "stream_lora_b", "stream_scale_in", "stream_scale_out", "weight", "bias"}
     groups = {group["name"]: group for group in parameter_groups(model, Rates(1e-3, 1e-2, 0.1))}
     assert sum(p.numel() for p in groups["streams"]["params"]) == updated
+
+
+def rates_of(model, config: TrainConfig, steps: int) -> dict[str, list[float]]:
+    """The learning rate of each group at every step, by the Trainer's own way of making schedules."""
+    groups = parameter_groups(model, config.rates)
+    optimizer = torch.optim.AdamW(groups)
+    settings = schedule(config, steps)
+    scheduler = get_scheduler(
+        settings["lr_scheduler_type"],
+        optimizer,
+        num_warmup_steps=settings["warmup_steps"],
+        num_training_steps=steps,
+        scheduler_specific_kwargs=settings.get("lr_scheduler_kwargs"),
+    )
+    if held := round(config.backbone_delay * steps):
+        scheduler = hold_backbone(scheduler, held, settings["warmup_steps"])
+    seen: dict[str, list[float]] = {group["name"]: [] for group in groups}
+    for _ in range(steps):
+        for group in optimizer.param_groups:
+            seen[group["name"]].append(group["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_warm_up_stable_decay(model) -> None:
+    config = TrainConfig("retrofit", Path("o"), learning_rate=1.0, stream_learning_rate=2.0, warmup=0.1, decay=0.5)
+    rates = rates_of(model, config, 20)
+    expected = [0, 0.5] + [1.0] * 8 + [1 - step / 10 for step in range(10)]
+    assert rates["backbone"] == pytest.approx(expected)
+    assert rates["streams"] == pytest.approx([2 * rate for rate in expected])
+
+
+def test_cosine(model) -> None:
+    config = TrainConfig("retrofit", Path("o"), learning_rate=1.0, schedule="cosine", warmup=0.2)
+    expected = [step / 4 for step in range(4)] + [0.5 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
+    assert rates_of(model, config, 20)["backbone"] == pytest.approx(expected)
+
+
+def test_the_backbone_may_begin_later(model) -> None:
+    config = TrainConfig("retrofit", Path("o"), learning_rate=1.0, warmup=0.1, decay=0.0, backbone_delay=0.25)
+    rates = rates_of(model, config, 20)
+    assert rates["backbone"] == rates["backbone, not decayed"]
+    assert rates["backbone"] == pytest.approx([0.0] * 5 + [1 / 3, 2 / 3] + [1.0] * 13)
+    assert rates["head"] == pytest.approx([0, 0.5] + [1.0] * 18)
+
+
+def test_a_rate_of_zero_for_all_that_a_stage_trains_is_refused() -> None:
+    model = parscale.parallelize(plain(), parscale.StreamsConfig(1, 4))
+    freeze_backbone(model, "frozen")
+    with pytest.raises(InputError, match=r"learning_rate=0\.001 and stream_learning_rate=0: of what this stage trains"):
+        parameter_groups(model, Rates(1e-3, 0, 0.1))

@@ -5,7 +5,6 @@ their hashes: the same texts give the same corpus whatever their names, their or
 """
 
 import hashlib
-import io
 import json
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,8 @@ STDLIB = "stdlib"
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", *(f"{suffix}.zst" for suffix in (*TEXT_SUFFIXES, ".jsonl")), ".parquet")
+_ROWS = (".jsonl", ".jsonl.zst")
+_CHUNK = 1 << 20  # bytes read at once
 
 Source = str | Path | Sequence[str | Path]
 
@@ -47,16 +48,54 @@ def read_documents(source: Source, *, text_column: str = "text", split: str = "t
 
     Raises InputError for what is missing, unreadable, not UTF-8, malformed, without `text_column`, or empty.
     """
-    sources = [source] if isinstance(source, str | Path) else list(source)
-    documents = (document for one in sources for document in _documents_of_source(one, text_column, split))
-    distinct: dict[str, Document] = {}
-    for document in documents:
-        if document.text and not document.text.isspace():
-            distinct.setdefault(_digest(document), document)
+    distinct = {document.digest: document for document in iterate_documents(source, text_column, split)}
     if not distinct:
-        named = ", ".join(map(str, sources)) or "no source"
+        named = ", ".join(map(str, as_list(source))) or "no source"
         raise InputError(f"{named}: there is no text in it; give files or folders with {_accepted()}")
     return [distinct[digest] for digest in sorted(distinct)]
+
+
+def iterate_documents(
+    source: Source, text_column: str = "text", split: str = "train", streaming: bool = False
+) -> Iterator[Document]:
+    """The distinct, non-blank documents of `source` as they are read, a line or a row in memory at a time; of those
+    before, 16 bytes each. `streaming` reads data sets over the network too, instead of fetching them first.
+
+    Raises InputError as `read_documents` does, when it comes to the fault.
+    """
+    seen: set[bytes] = set()
+    for one in as_list(source):
+        for document in _documents_of_source(one, text_column, split, streaming):
+            if document.text and not document.text.isspace():
+                key = bytes.fromhex(_digest(document)[:32])
+                if key not in seen:
+                    seen.add(key)
+                    yield document
+
+
+def read_rows(source: Source, split: str = "train") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of JSON lines (.jsonl, .jsonl.zst; also a folder of them) or of a Hugging Face data set.
+
+    Raises InputError for what is missing, unreadable or not JSON lines.
+    """
+    for one in as_list(source):
+        path = Path(one).expanduser()
+        if path.is_dir():
+            files = [file for file in sorted(path.rglob("*.jsonl*")) if file.name.endswith(_ROWS)]
+            if not files:
+                raise InputError(f"{one}: no JSON lines are in it; give files that end in {', '.join(_ROWS)}")
+            yield from (row for file in files for row in _json_rows(file))
+        elif path.is_file() and path.name.endswith(_ROWS):
+            yield from _json_rows(path)
+        elif path.exists() or isinstance(one, Path) or not _may_be_data_set(one):
+            raise InputError(f"{one}: give an existing file that ends in {' or '.join(_ROWS)}, or a data set's name")
+        else:
+            yield from ((f"{one}, row {n}", dict(row)) for n, row in enumerate(_open_data_set(one, split, False)))
+
+
+def as_list(source: Source) -> list[str | Path]:
+    """A source, or several, as a list."""
+    return [source] if isinstance(source, str | Path) else list(source)
 
 
 def split_documents(documents: Sequence[Document], fraction: float) -> tuple[list[Document], list[Document]]:
@@ -103,7 +142,7 @@ def _digest(document: Document) -> str:
         ) from error
 
 
-def _documents_of_source(source: str | Path, text_column: str, split: str) -> Iterator[Document]:
+def _documents_of_source(source: str | Path, text_column: str, split: str, streaming: bool) -> Iterator[Document]:
     if source == STDLIB:
         yield from _standard_library()
         return
@@ -111,7 +150,7 @@ def _documents_of_source(source: str | Path, text_column: str, split: str) -> It
     if not path.exists():
         if isinstance(source, Path) or not _may_be_data_set(source):
             raise InputError(f"{source}: there is no such file or folder")
-        yield from _data_set(source, text_column, split)
+        yield from _data_set(source, text_column, split, streaming)
     elif path.is_dir():
         for file in sorted(path.rglob("*")):
             hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
@@ -128,7 +167,7 @@ def _standard_library() -> Iterator[Document]:
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings"}
     for file in sorted(root.rglob("*.py")):
         if left_out.isdisjoint(file.relative_to(root).parts):
-            yield Document(str(file), _decode(file, _read(file)))
+            yield Document(str(file), _decode(file, b"".join(_read(file))))
 
 
 def _may_be_data_set(source: str) -> bool:
@@ -136,16 +175,27 @@ def _may_be_data_set(source: str) -> bool:
     return not source.startswith((".", "/", "~")) and not source.endswith(SUFFIXES) and 0 <= name.count("/") <= 1
 
 
-def _data_set(source: str, text_column: str, split: str) -> Iterator[Document]:
+def _data_set(source: str, text_column: str, split: str, streaming: bool) -> Iterator[Document]:
+    table = _open_data_set(source, split, streaming)
+    if table.column_names:  # a data set that streams may not know them
+        _check_column(source, text_column, table.column_names)
+        table = table.select_columns([text_column])
+    for number, row in enumerate(table):
+        _check_column(source, text_column, row)
+        yield Document(f"{source}:{number}", _text(row[text_column], f"{source}, row {number}", text_column))
+
+
+def _open_data_set(source: str, split: str, streaming: bool) -> Any:
     import datasets
     from rich.console import Console
 
     name, _, config = source.partition(":")
+    options = {"streaming": True} if streaming else {}
     bars_were_off = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         with Console(stderr=True).status(f"loading data set {source}"):
-            table = datasets.load_dataset(name, config or None, split=split)
+            return datasets.load_dataset(name, config or None, split=split, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{source}: neither a file or folder here nor a data set whose {split!r} split loads: {_first_line(error)}"
@@ -153,10 +203,6 @@ def _data_set(source: str, text_column: str, split: str) -> Iterator[Document]:
     finally:
         if not bars_were_off:
             datasets.enable_progress_bars()
-    columns = table.column_names or []
-    _check_column(source, text_column, columns)
-    for row, text in enumerate(table[text_column]):
-        yield Document(f"{source}:{row}", _text(text, f"{source}, row {row}", text_column))
 
 
 def _documents_of_file(path: Path, text_column: str) -> Iterator[Document]:
@@ -165,32 +211,30 @@ def _documents_of_file(path: Path, text_column: str) -> Iterator[Document]:
         raise InputError(f"{path}: cannot tell what it holds; give files that end in {_accepted()}")
     if suffix == ".parquet":
         yield from _documents_of_parquet(path, text_column)
-        return
-    data = _read(path)
-    if path.suffix == ".zst":
-        data = _decompress(path, data)
-    text = _decode(path, data)
-    if suffix == ".jsonl":
-        yield from _documents_of_json_lines(path, text, text_column)
+    elif suffix == ".jsonl":
+        for place, row in _json_rows(path):
+            _check_column(place, text_column, row)
+            name = f"{place} ({row['id']!r})" if "id" in row else place
+            yield Document(name, _text(row[text_column], place, text_column))
     else:
-        yield Document(str(path), text)
+        yield Document(str(path), _decode(path, b"".join(_chunks(path))))
 
 
-def _documents_of_json_lines(path: Path, text: str, text_column: str) -> Iterator[Document]:
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also cut at U+2028 inside a string
-        if not line or line.isspace():
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`file:line` and the object of every line that is not blank, one line in memory at a time."""
+    offset = 0
+    for number, data in enumerate(_lines(_chunks(path)), start=1):
+        place, line = f"{path}:{number}", _decode(path, data, offset)
+        offset += len(data)
+        if line.isspace():
             continue
-        place = f"{path}:{number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{place}: not a line of JSON: {_first_line(error)}") from error
         if not isinstance(row, dict):
-            raise InputError(f'{place}: give one JSON object a line, such as {{"id": "1", "{text_column}": "…"}}')
-        _check_column(place, text_column, row)
-        yield Document(
-            f"{place} ({row['id']!r})" if "id" in row else place, _text(row[text_column], place, text_column)
-        )
+            raise InputError(f'{place}: give one JSON object a line, such as {{"id": "1", "text": "…"}}')
+        yield place, row
 
 
 def _documents_of_parquet(path: Path, text_column: str) -> Iterator[Document]:
@@ -198,46 +242,69 @@ def _documents_of_parquet(path: Path, text_column: str) -> Iterator[Document]:
     import pyarrow.parquet
 
     try:
-        columns = pyarrow.parquet.read_schema(path).names
-        _check_column(str(path), text_column, columns)
-        texts = pyarrow.parquet.read_table(path, columns=[text_column])[text_column].to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_column(str(path), text_column, file.schema_arrow.names)
+            batches = file.iter_batches(columns=[text_column])
+            texts = (text for batch in batches for text in batch[text_column].to_pylist())
+            for row, text in enumerate(texts):
+                yield Document(f"{path}:{row}", _text(text, f"{path}, row {row}", text_column))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: column {text_column!r} holds bytes that are not UTF-8: {error.reason}") from error
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as parquet: {_first_line(error)}") from error
-    for row, text in enumerate(texts):
-        yield Document(f"{path}:{row}", _text(text, f"{path}, row {row}", text_column))
 
 
-def _read(path: Path) -> bytes:
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines with their ends. `splitlines` would also cut at U+2028, which may stand inside a JSON string."""
+    begun: list[bytes] = []
+    for chunk in chunks:
+        *ended, rest = chunk.split(b"\n")
+        for line in ended:
+            yield b"".join([*begun, line, b"\n"])
+            begun = []
+        begun.append(rest)
+    if last := b"".join(begun):
+        yield last
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """The file's bytes, decompressed if it ends in .zst, a piece at a time."""
+    chunks = _read(path)
+    return _decompressed(path, chunks) if path.suffix == ".zst" else chunks
+
+
+def _read(path: Path) -> Iterator[bytes]:
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _decompress(path: Path, data: bytes) -> bytes:
+def _decompressed(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
     import zstandard
 
-    whole = io.BytesIO()
+    frame = None
     try:
-        while data:
-            frame = zstandard.ZstdDecompressor().decompressobj()
-            whole.write(frame.decompress(data))
-            if not frame.eof:  # the stream readers take a truncated frame for the end of the file
-                raise InputError(f"{path}: the zstd data is truncated; fetch or compress the file again")
-            data = frame.unused_data
+        for chunk in chunks:
+            while chunk:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(chunk)
+                chunk = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
         raise InputError(f"{path}: not readable as zstd: {_first_line(error)}") from error
-    return whole.getvalue()
+    if frame is not None:  # the stream readers take a truncated frame for the end of the file
+        raise InputError(f"{path}: the zstd data is truncated; fetch or compress the file again")
 
 
-def _decode(path: Path, data: bytes) -> str:
+def _decode(path: Path, data: bytes, offset: int = 0) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: byte {data[error.start]:#04x} at offset {error.start} is not UTF-8 ({error.reason}); "
+            f"{path}: byte {data[error.start]:#04x} at offset {offset + error.start} is not UTF-8 ({error.reason}); "
             "convert the file to UTF-8 or leave it out"
         ) from error
 

@@ -9,7 +9,8 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -20,6 +21,7 @@ from parscale.train.corpus import STDLIB, Document, Source, check_disjoint, read
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -37,6 +39,8 @@ class PackedText:
 
     `train` and `validation` are data sets of `input_ids` and `labels`, each (block_size,) int64, as the Trainer takes
     them. Token counts are of whole blocks. `fingerprint` is equal where documents, tokenizer and blocks are equal.
+    `corpora` are validation blocks of single corpora, by name, whose loss is measured too. Where `end_of_text` is a
+    token, no document sees another one in its block (`separate.collator`).
     """
 
     train: "Dataset"
@@ -48,6 +52,22 @@ class PackedText:
     train_documents: int
     validation_documents: int
     fingerprint: str
+    corpora: "dict[str, Dataset]" = field(default_factory=dict)
+    end_of_text: int | None = None
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Training tokens in a row: the block size, or the mean length of examples."""
+        return self.train_tokens / len(self.train)
+
+
+def sample(blocks: "Dataset", count: int) -> "Tensor":
+    """Token ids (B, T) of the first `count` rows, cut to the shortest of them."""
+    import torch
+
+    rows = [torch.as_tensor(row) for row in blocks[:count]["input_ids"]]
+    shortest = min(map(len, rows))
+    return torch.stack([row[:shortest] for row in rows])
 
 
 def load_text(
@@ -71,12 +91,39 @@ def load_text(
 
     Raises InputError, one line, for a source, tokenizer, size or cache folder that cannot serve.
     """
-    _check_sizes(block_size, vocab_size, max_train_tokens)
+    check_sizes(block_size, vocab_size, max_train_tokens)
     train, held_out = _documents(source, validation, validation_fraction, text_column)
-    given = None if tokenizer is None else _given_tokenizer(tokenizer)
-    key = _key(train, held_out, _identity(given) if given else f"byte-level BPE, {vocab_size}", max_train_tokens)
+    return pack(
+        train,
+        held_out,
+        name=_name(source),
+        held_out_name=f"{validation_fraction:g} of {_name(source)}" if validation is None else _name(validation),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        block_size=block_size,
+        max_train_tokens=max_train_tokens,
+        cache_dir=cache_dir,
+    )
 
-    entry = _cache_folder(cache_dir) / f"{key}.tokens"
+
+def pack(
+    train: Sequence[Document],
+    held_out: Sequence[Document],
+    *,
+    name: str,
+    held_out_name: str,
+    tokenizer: "str | Path | PreTrainedTokenizerBase | None",
+    vocab_size: int,
+    block_size: int,
+    max_train_tokens: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> PackedText:
+    """Tokenise and pack documents that are split already; arguments and errors are those of `load_text`, with names of
+    the two sides for messages."""
+    given = None if tokenizer is None else given_tokenizer(tokenizer)
+    key = _key(train, held_out, identity(given) if given else f"byte-level BPE, {vocab_size}", max_train_tokens)
+
+    entry = cache_folder(cache_dir) / f"{key}.tokens"
     tokens = _load(entry)
     if tokens is None:
         trained = given or train_tokenizer((document.text for document in train), vocab_size)
@@ -89,9 +136,8 @@ def load_text(
         _store(entry, tokens)
 
     fingerprint = hashlib.sha256(f"{key} {block_size}".encode()).hexdigest()
-    held_out_name = f"{validation_fraction:g} of {_name(source)}" if validation is None else _name(validation)
-    train_blocks = _blocks(tokens["train"], block_size, f"training text ({_name(source)})", fingerprint)
-    validation_blocks = _blocks(tokens["validation"], block_size, f"validation text ({held_out_name})", fingerprint)
+    train_blocks = blocks(tokens["train"], block_size, f"training text ({name})", fingerprint)
+    validation_blocks = blocks(tokens["validation"], block_size, f"validation text ({held_out_name})", fingerprint)
     return PackedText(
         train=train_blocks,
         validation=validation_blocks,
@@ -122,7 +168,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     return _wrap(backend.to_str())
 
 
-def _check_sizes(block_size: int, vocab_size: int, max_train_tokens: int | None) -> None:
+def check_sizes(block_size: int, vocab_size: int, max_train_tokens: int | None) -> None:
     if block_size < 2:
         raise InputError(f"block_size={block_size}: give at least 2 tokens, one to read and one to predict")
     if vocab_size < SMALLEST_VOCABULARY:
@@ -144,7 +190,7 @@ def _documents(
     return documents, held_out
 
 
-def _given_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+def given_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     if isinstance(tokenizer, str | Path):
         from transformers import AutoTokenizer
 
@@ -163,7 +209,7 @@ def _given_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase") -> "PreT
     return loaded
 
 
-def _identity(tokenizer: "PreTrainedTokenizerBase") -> str:
+def identity(tokenizer: "PreTrainedTokenizerBase") -> str:
     """All that decides which tokens a text becomes."""
     if not tokenizer.is_fast:
         return json.dumps([type(tokenizer).__name__, tokenizer.eos_token_id, sorted(tokenizer.get_vocab().items())])
@@ -217,22 +263,28 @@ def _tokenize(tokenizer: "PreTrainedTokenizerBase", documents: Sequence[Document
     count = 0
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("tokenising", total=sum(len(document.text) for document in documents))
-        for texts, ends in _batches(documents):
-            ids = tokenizer(
-                texts,
-                add_special_tokens=False,
-                split_special_tokens=True,  # a text that spells a special token must not end its document
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
-            for piece, end in zip(ids, ends, strict=True):
-                parts.append(np.array([*piece, tokenizer.eos_token_id] if end else piece, dtype=np.int32))
-                count += len(parts[-1])
-            progress.advance(task, sum(map(len, texts)))
+        for ids, characters in tokenize(tokenizer, documents):
+            parts.append(ids)
+            count += len(ids)
+            progress.advance(task, characters)
             if limit is not None and count >= limit:
                 break
     return np.concatenate(parts)[:limit]
+
+
+def tokenize(tokenizer: "PreTrainedTokenizerBase", documents: Iterable[Document]) -> Iterator[tuple[np.ndarray, int]]:
+    """(tokens,) int32 and the characters that they are of, piece by piece; an end-of-text token ends each document."""
+    for texts, ends in _batches(documents):
+        ids = tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,  # a text that spells a special token must not end its document
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        pieces = [[*piece, tokenizer.eos_token_id] if end else piece for piece, end in zip(ids, ends, strict=True)]
+        yield np.fromiter(chain.from_iterable(pieces), dtype=np.int32), sum(map(len, texts))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[tuple[list[str], list[bool]]]:
@@ -257,7 +309,7 @@ def _name(source: Source) -> str:
     return str(source) if isinstance(source, str | Path) else ", ".join(map(str, source))
 
 
-def _blocks(tokens: np.ndarray, block_size: int, name: str, fingerprint: str) -> "Dataset":
+def blocks(tokens: np.ndarray, block_size: int, name: str, fingerprint: str) -> "Dataset":
     """(tokens,) → a data set of tokens // block_size rows. Both columns share one buffer."""
     import pyarrow
     from datasets import Dataset
@@ -279,13 +331,13 @@ def _key(train: Sequence[Document], validation: Sequence[Document], tokenizer: s
     return hashlib.sha256(json.dumps([FORMAT, digests, tokenizer, limit]).encode()).hexdigest()
 
 
-def _cache_folder(cache_dir: str | Path | None) -> Path:
+def cache_folder(cache_dir: str | Path | None) -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "parscale"
     folder = Path(cache_dir or os.environ.get("PARSCALE_CACHE") or home).expanduser() / "tokens"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
     return folder
 
 
@@ -313,12 +365,12 @@ def _store(entry: Path, arrays: dict[str, np.ndarray]) -> None:
         temporary.write_bytes(hashlib.sha256(content).digest() + content)
         temporary.replace(entry)
     except OSError as error:
-        raise _unwritable(entry.parent, error) from error
+        raise unwritable(entry.parent, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _unwritable(folder: Path, error: OSError) -> InputError:
+def unwritable(folder: Path, error: OSError) -> InputError:
     return InputError(
         f"cache folder {folder}: cannot be written: {error.strerror or error}; make room or give another cache_dir"
     )

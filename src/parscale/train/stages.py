@@ -3,15 +3,19 @@
 - `pretrain`: everything from scratch, streams from step 0.
 - `retrofit`: stage 2, all weights of a trained model after streams were added to it.
 - `frozen`: only what the streams added; the backbone's gradients are never allocated.
+- `sft`: all weights, on answers to prompts.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from parscale.errors import InputError
 from parscale.streams.tensors import belongs_to_streams
-from parscale.train.config import Rates, Stage
+from parscale.train.config import Rates, Stage, TrainConfig
 
 
 def is_diversifier(name: str) -> bool:
@@ -19,14 +23,14 @@ def is_diversifier(name: str) -> bool:
     return belongs_to_streams(name) and "aggregate_layer" not in name.split(".")
 
 
-def freeze_backbone(model: nn.Module, stage: Stage) -> None:
-    """Mark what the stage trains. In `frozen` the backbone's parameters require no gradient.
+def freeze_backbone(model: nn.Module, stage: Stage, *, lora: bool = False) -> None:
+    """Mark what the stage trains. In `frozen`, and under a LoRA of `peft`, the backbone's own weights get no gradient.
 
     Raises:
         InputError: the stage leaves nothing to train.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(stage != "frozen" or belongs_to_streams(name))
+        parameter.requires_grad_(belongs_to_streams(name) or (".lora_" in name if lora else stage != "frozen"))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("stage 'frozen' on a model without streams: nothing would train; give it streams or a prefix")
 
@@ -34,6 +38,9 @@ def freeze_backbone(model: nn.Module, stage: Stage) -> None:
 def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     """AdamW's groups. Diversifiers have their own rate; they, the head, biases and norms are not decayed: decay would
     pull the prefixes back together.
+
+    Raises:
+        InputError: every group that there is would have a learning rate of 0.
     """
     matrices, vectors, head, diversifiers = [], [], [], []
     for name, parameter in model.named_parameters():
@@ -51,7 +58,36 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
         {"name": "head", "params": head, "lr": rates.learning_rate, "weight_decay": 0.0},
         {"name": "streams", "params": diversifiers, "lr": rates.stream_learning_rate, "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    groups = [group for group in groups if group["params"]]
+    if all(group["lr"] == 0 for group in groups):
+        raise InputError(
+            f"learning_rate={rates.learning_rate} and stream_learning_rate={rates.stream_learning_rate}: of what this "
+            "stage trains, nothing would change; give a rate above 0"
+        )
+    return groups
+
+
+def schedule(config: TrainConfig, steps: int) -> dict[str, Any]:
+    """The learning rates' course over `steps`, as arguments of `TrainingArguments`."""
+    course: dict[str, Any] = {"lr_scheduler_type": "cosine", "warmup_steps": round(config.warmup * steps)}
+    if config.schedule == "cosine":
+        return course
+    falling = {"num_decay_steps": round(config.decay * steps), "decay_type": "linear"}
+    return course | {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": falling}
+
+
+def hold_backbone(scheduler: LambdaLR, held: int, warmup: int) -> LambdaLR:
+    """The same course, but for the backbone: its rate is 0 for `held` steps, then comes in over `warmup` steps."""
+
+    def late(factor: Callable[[int], float], step: int) -> float:
+        return factor(step) * min(1.0, max(0, step - held + 1) / (warmup + 1))
+
+    groups = scheduler.optimizer.param_groups
+    factors = [
+        partial(late, factor) if group["name"].startswith("backbone") else factor
+        for factor, group in zip(scheduler.lr_lambdas, groups, strict=True)
+    ]
+    return LambdaLR(scheduler.optimizer, factors)
 
 
 def count_stream_parameters(model: nn.Module) -> int:

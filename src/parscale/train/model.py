@@ -1,0 +1,95 @@
+"""The model of a run: built or loaded, quantised, given streams and a LoRA; what of it trains, and how it is saved.
+
+A LoRA of `peft` wraps the model that has the streams. It and a quantised backbone are saved as adapters: the streams
+(`streams.safetensors`) and the LoRA (`adapter_model.safetensors`) beside each other, without the backbone.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from parscale.config import StreamsConfig
+from parscale.errors import InputError
+from parscale.load import load_model
+from parscale.streams.backbone import has_streams, streams_of
+from parscale.streams.checkpoint import save_streams
+from parscale.streams.parallelize import parallelize
+from parscale.train.config import TrainConfig
+from parscale.train.shapes import build, check_vocabulary
+from parscale.train.stages import freeze_backbone
+
+
+def model_of(config: TrainConfig, tokenizer: Any, calibration: torch.Tensor) -> Any:
+    """The model that a run trains, with everything frozen that its stage does not train.
+
+    Args:
+        config: the run.
+        tokenizer: whose ids it will see.
+        calibration: token ids (B, T) of its text, that the prefix's start is fitted to.
+
+    Raises:
+        InputError: the model cannot be had, does not fit the tokenizer, or has other streams than asked for.
+    """
+    if config.stage == "pretrain":
+        model: Any = build(config.model, tokenizer, config.block_size)
+    else:
+        model = load_model(config.model, quantize=config.quantize)
+        check_vocabulary(model.config.vocab_size, tokenizer, config.model)
+    _give_streams(model, config, calibration)
+    if config.peft == "lora":
+        model = _with_lora(model, config.peft_rank)
+    freeze_backbone(model, config.stage, lora=config.peft == "lora")
+    if config.gradient_checkpointing:
+        # transformers 5.17 knows only the second name; later ones warn of it
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
+
+
+def base_of(model: Any) -> Any:
+    """The model that has the streams: itself, or what a LoRA of `peft` wraps."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def save_model(model: Any, folder: Path, whole: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a model so that `load_model` finds it again; a LoRA is taken off the model for it.
+
+    `whole` is the state of a model that is sharded.
+    """
+    if base_of(model) is not model:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        base = model.unload()
+        if has_streams(base):
+            save_streams(base, folder)
+    elif getattr(model, "is_quantized", False):
+        save_streams(model, folder)
+    else:
+        model.save_pretrained(folder, state_dict=whole)
+
+
+def _give_streams(model: PreTrainedModel, config: TrainConfig, calibration: torch.Tensor) -> None:
+    if not has_streams(model):
+        if not config.streams.is_plain:
+            parallelize(model, config.streams, calibration=calibration)
+    elif config.streams not in (StreamsConfig(), streams_of(model)):
+        raise InputError(
+            f"model={config.model!r} has streams of its own ({streams_of(model).to_dict()}); leave out the flags "
+            "of the streams, or give the same, to go on with them"
+        )
+
+
+def _with_lora(model: Any, rank: int) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise InputError("peft='lora' needs the package peft: pip install 'parscale[peft]'") from None
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        exclude_modules=r".*(aggregate_layer|prefix_generator).*",  # what the streams add is trained whole
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, settings)

@@ -1,0 +1,107 @@
+"""A run with what an honest report needs beside it: the control on the same tokens, and the losses before and after.
+
+The control is one stream with a prefix (docs/claim.md): on small models the prefix alone gives much of the early gain.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from parscale.config import StreamsConfig
+from parscale.errors import InputError
+from parscale.output import print_table
+from parscale.train.config import TrainConfig
+from parscale.train.parallel import is_first_process
+from parscale.train.prepare import prepare
+from parscale.train.trainer import RECORD, TrainResult, check_output, train
+
+CONTROL = "control"
+"""The control's folder inside the run's own, and its key in `train.json`."""
+
+
+def run(config: TrainConfig) -> TrainResult:
+    """`train`, then the control if it is asked for; prints the table, and completes `train.json` with `control`.
+
+    Raises:
+        InputError: as `train` does; or a control that cannot be: of one stream, or of a model that has streams already.
+    """
+    if not config.resume and is_first_process():
+        check_output(config.output)
+    if config.control:
+        _check_control(config)
+    text = prepare(config)
+    result = train(config, data=text)
+    control = None
+    if config.control:
+        control = train(control_of(config), data=text, title="control")
+        if is_first_process():
+            _complete(config.output / RECORD, result, control)
+    if is_first_process():
+        print_report(result, control)
+    return result
+
+
+def control_of(config: TrainConfig) -> TrainConfig:
+    """The same run with one stream, a prefix and no head."""
+    settings = config.streams
+    prefix_tokens = settings.prefix_tokens or StreamsConfig().prefix_tokens
+    one = StreamsConfig(streams=1, prefix_tokens=prefix_tokens, prefix_init=settings.prefix_init)
+    return replace(config, streams=one, output=config.output / CONTROL, control=False)
+
+
+def print_report(result: TrainResult, control: TrainResult | None) -> None:
+    """Losses before and after, the gain over the control, and the same for every other corpus."""
+    named = {f"P={result.streams['streams']}": result} | ({"control": control} if control else {})
+    print_table(
+        f"{result.stage} of {result.model}: validation loss, nats per token",
+        [
+            {
+                "model": name,
+                "tokens": one.tokens,
+                "before": one.start_loss,
+                "after": one.validation_loss,
+                "gain over the control": control.validation_loss - one.validation_loss if control else None,
+                "seconds": round(one.seconds),
+            }
+            for name, one in named.items()
+        ],
+    )
+    print_table(
+        "other corpora",
+        [
+            {"corpus": corpus, "model": name, **losses, "change": losses["after"] - losses["before"]}
+            for name, one in named.items()
+            for corpus, losses in one.corpora.items()
+        ],
+    )
+
+
+def _check_control(config: TrainConfig) -> None:
+    if config.streams.streams == 1:
+        raise InputError("control with streams=1: one stream with a prefix is the control itself; leave control out")
+    if config.stage != "pretrain" and _has_streams(config.model):
+        raise InputError(
+            f"control with model={config.model!r}, which has streams already: its control started where they were "
+            "added; train that one on with the same settings, and compare"
+        )
+
+
+def _has_streams(model: str) -> bool:
+    if (Path(model) / "streams.json").exists():
+        return True
+    try:
+        entries = vars(AutoConfig.from_pretrained(model))
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return "parscale_n" in entries and not StreamsConfig.from_json(entries).is_plain
+
+
+def _complete(path: Path, result: TrainResult, control: TrainResult) -> None:
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    record[CONTROL] = asdict(control) | {"gain": control.validation_loss - result.validation_loss}
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    scratch.replace(path)
