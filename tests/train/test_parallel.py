@@ -1,0 +1,139 @@
+"""Several processes against one: data parallel, fully sharded, and with the streams split over them."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from parscale.errors import InputError
+from parscale.train.parallel import check_stream_parallel
+from parscale.train.trainer import train
+from tests import small
+from tests.train import processes
+from tests.train.children import run_of, save_stream_gradients, stream_batch, train_and_record, train_until
+
+DDP: dict[str, str] = {"ACCELERATE_USE_CPU": "true"}
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+TWENTY = {"tokens": 20 * 4 * 16, "save_every": None}
+
+
+@pytest.fixture(scope="module")
+def alone(base: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps in one process, sequences of four in a step."""
+    output = tmp_path_factory.mktemp("alone") / "out"
+    train(run_of(output, corpus, model=str(base), **TWENTY))
+    return output
+
+
+def _losses(output: Path) -> list[float]:
+    history = json.loads((output / "train.json").read_text())["result"]["history"]
+    return [row[key] for row in history for key in ("loss", "eval_loss") if key in row]
+
+
+def _check_same(found: Path, expected: Path) -> None:
+    assert _losses(found) == pytest.approx(_losses(expected), rel=1e-4)
+    ours, truth = (load_file(folder / "model.safetensors") for folder in (found, expected))
+    assert ours.keys() == truth.keys()
+    for name in truth:
+        torch.testing.assert_close(ours[name], truth[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("env", "changes"),
+    [
+        pytest.param(DDP, {"batch_size": 2}, id="ddp"),
+        pytest.param(FSDP2, {"batch_size": 2}, id="fsdp2"),
+        pytest.param(DDP, {"stream_parallel": 2}, id="streams"),
+    ],
+)
+def test_two_processes_learn_what_one_does(env, changes, base, corpus, alone, tmp_path) -> None:
+    config = run_of(tmp_path / "out", corpus, model=str(base), **TWENTY | changes)
+    assert processes.run(train_and_record, config, tmp_path / "record", processes=2, **env) == [0, 0]
+    _check_same(tmp_path / "out", alone)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_sharded_checkpoint_goes_on_in_another_number(before, after, base, corpus, alone, tmp_path) -> None:
+    output = tmp_path / "out"
+    config = partial(run_of, output, corpus, model=str(base), tokens=TWENTY["tokens"], save_every=8)
+    processes.run(train_until, config(batch_size=4 // before), 11, processes=before, **FSDP2)
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-8"]
+    shards = [load_file(file) for file in sorted((output / "checkpoint-8").glob("*.safetensors"))]
+    whole = load_file(base / "model.safetensors")["model.embed_tokens.weight"].shape
+    held = [shard["model/model.embed_tokens.weight"].shape[0] for shard in shards]
+    assert held == [whole[0] // before] * before, "every process keeps its part"
+    goes_on = config(batch_size=4 // after, resume=True)
+    assert set(processes.run(train_until, goes_on, processes=after, **FSDP2)) == {0}
+    _check_same(output, alone)
+
+
+@pytest.mark.parametrize(("count", "size"), [(2, 2), (4, 4), (4, 2)])
+@pytest.mark.parametrize(
+    "streams",
+    [{"diversify": ("prefix", "embedding")}, {"diversify": ("prefix", "lora", "rank1"), "aggregate": "mean"}],
+    ids=["embedding", "lora"],
+)
+def test_split_streams_give_the_exact_gradient(count: int, size: int, streams: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "gradients.safetensors"
+    exits = processes.run(partial(save_stream_gradients, **streams), size, file, processes=count)
+    assert exits == [0] * count
+    model = small.with_streams(small.build().double(), **streams)
+    ids = stream_batch()
+    model(input_ids=ids, labels=ids).loss.backward()
+    found = load_file(file)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("streams", "size", "count", "named"),
+    [
+        (2, 4, 4, "with 2 streams"),
+        (4, 3, 3, "with 4 streams"),
+        (4, 2, 3, "with 3 processes"),
+        (4, 2, 1, "with 1 process:"),
+    ],
+)
+def test_a_split_that_does_not_come_out_even_is_refused(streams: int, size: int, count: int, named: str) -> None:
+    model = small.with_streams(small.build(), streams=streams)
+    with pytest.raises(InputError, match=f"stream_parallel={size} {named}"):
+        check_stream_parallel(model, size, count)
+
+
+def test_more_processes_than_streams_stop_before_the_first_step(base, corpus, tmp_path) -> None:
+    with pytest.raises(InputError, match="stream_parallel=3 with 2 streams"):
+        train(run_of(tmp_path / "out", corpus, model=str(base), stream_parallel=3))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_accelerate_launches_the_command(sharded: bool, base: Path, corpus: Path, alone: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    if sharded:
+        launcher += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+    else:
+        launcher += ["--cpu"]
+    command = [
+        "-m", "parscale.cli", "train", "retrofit", "--output", tmp_path / "out", "--model", base, "--data", corpus,
+        "--cache-dir", corpus.parent / "cache", "--streams", "2", "--prefix-tokens", "4", "--diversify", "prefix",
+        "embedding", "--tokens", str(20 * 4 * 16), "--batch-size", "2", "--block-size", "16", "--validation-blocks",
+        "4", "--evaluations", "1",
+    ]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launcher, *map(str, command)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _check_same(tmp_path / "out", alone)
