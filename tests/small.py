@@ -25,7 +25,7 @@ def build(model_type: str = "qwen2", **config: Any) -> Any:
 
 
 def with_streams(model: Any, **streams: Any) -> Any:
-    """Streams that differ, and a head whose weights depend on the token."""
+    """Streams that differ, with updates that are not zero, and a head whose weights depend on the token."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         parscale.parallelize(model, StreamsConfig(**{"streams": 4, "prefix_tokens": 5} | streams))
@@ -33,6 +33,9 @@ def with_streams(model: Any, **streams: Any) -> Any:
         if head is not None:
             head[2].weight.data.normal_()
             head[2].bias.data.normal_()
+        for name, parameter in model.named_parameters():
+            if name.endswith("stream_lora_b"):
+                parameter.data.normal_(std=0.3)
     return model
 
 

@@ -71,6 +71,7 @@ def test_theory_beside_the_measured_gain(model: Any) -> None:
     control = with_streams(build(), streams=1)
     seen = probe_details(model, IDS, control=control)
     rho = seen.probe.error_correlation
+    assert rho is not None
     assert seen.loss_factor == pytest.approx((3 * rho + 1) / 4)
     with torch.no_grad():
         losses = [m(input_ids=IDS, labels=IDS).loss.item() for m in (control, model)]

@@ -26,7 +26,7 @@ def draw_probe(details: StreamDetails, path: str | Path, run: Path | None = None
     _losses(axes[0, 1], details)
     _bars(axes[0, 2], details.gradient_share, "share of the gradient", 1 / seen.streams, "equal")
     _layers(axes[0, 3], {"cosine of the streams": seen.layer_cosine}, (None, 1.02))
-    _layers(axes[1, 0], {"effective streams (covariance)": details.spectrum_streams}, (1, seen.streams))
+    _layers(axes[1, 0], {"effective streams (covariance)": details.spectrum_streams}, (0.9, seen.streams + 0.1))
     _by_stream(axes[1, 1], details.prefix_attention, "layer", "attention on the prefix")
     _by_stream(axes[1, 2], details.prefix_attention_by_position, "part of the sequence", "attention on the prefix")
     _by_stream(axes[1, 3], details.weights_by_position, "part of the sequence", "mean weight")
@@ -41,8 +41,8 @@ def _title(details: StreamDetails) -> str:
     title = f"{seen.streams} streams on {seen.tokens:,} held-out tokens: {seen.verdict}"
     if details.gain is not None and details.loss_factor is not None:
         title += (
-            f"\nerror correlation ρ = {seen.error_correlation:.2f}: the paper's theory has the reducible loss shrink to "
-            f"{details.loss_factor:.0%}; measured gain {details.gain:+.4f} nats"
+            f"\nerror correlation ρ = {seen.error_correlation:.2f}: the paper's theory leaves "
+            f"{details.loss_factor:.0%} of the reducible loss; measured gain {details.gain:+.4f} nats"
         )
     return title
 
@@ -98,10 +98,15 @@ def _over_training(axes: Any, history: list[dict[str, Any]], streams: int) -> No
         for name in names:
             points = [(row["step"], row[name]) for row in history if name in row]
             if points:
-                panel.plot(*zip(*points, strict=True), linewidth=1, label=name.partition("/")[2].replace("_", " "))
+                panel.plot(*zip(*points, strict=True), linewidth=1, label=_label(name))
         panel.set(xlabel="step", ylabel=names[0].partition("/")[0])
         panel.legend(frameon=False, fontsize=7)
     axes[3].set_yscale("log")
+
+
+def _label(name: str) -> str:
+    quantity, _, stream = name.partition("/")[2].partition("_")
+    return f"stream {int(stream) + 1}" if stream else quantity
 
 
 def _history(run: Path | None) -> list[dict[str, Any]]:

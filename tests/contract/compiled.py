@@ -14,7 +14,11 @@ from tests.contract.conftest import parallelized
 from tests.contract.families import FAMILIES, VOCABULARY
 from tests.contract.reference import UPDATES, truth
 
-SETTINGS: tuple[dict[str, Any], ...] = ({}, {"diversify": DIVERSIFIERS})
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"diversify": DIVERSIFIERS},
+    {"diversify": ("prefix", "lora"), "kv": "shared"},
+)
 ADDED = ("prefix", "stream_embedding", *UPDATES)
 
 

@@ -114,9 +114,7 @@ def with_weights_of_stream(plain: PreTrainedModel, model: Any, stream: int) -> P
     one = copy.deepcopy(plain)
     for name, module in model.base_model.named_modules():
         dtype = next(plain.parameters()).dtype
-        own = {
-            key: of_stream(p, stream, dtype) for key, p in module.named_parameters(recurse=False) if key in UPDATES
-        }
+        own = {key: of_stream(p, stream, dtype) for key, p in module.named_parameters(recurse=False) if key in UPDATES}
         if not own:
             continue
         changed: Any = one.base_model.get_submodule(name)

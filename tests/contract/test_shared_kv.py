@@ -125,7 +125,12 @@ def test_generates_as_uncached(case: Case, ids: Tensor, options: dict[str, Any])
     if case.backend == "flex_attention" and "cache_implementation" in options:
         pytest.skip("transformers has no static cache with prepared block masks")
     model, mask = shared(case), torch.ones_like(ids)
-    settings: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "attention_mask": mask}
+    settings: dict[str, Any] = {
+        "max_new_tokens": NEW,
+        "min_new_tokens": NEW,
+        "do_sample": False,
+        "attention_mask": mask,
+    }
     found = model.generate(ids, **settings, **options)
     if "num_beams" in options:
         assert torch.equal(found, model.generate(ids, use_cache=False, **settings, **options))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import CompileConfig, StaticCache
 
+from tests.generate.conftest import KINDS
 from tests.small import build, greedy, uncached, with_streams
 
 
@@ -43,6 +44,7 @@ def a_callers_own_loop(model: Any, ids: torch.Tensor, backend: str) -> None:
 
 if __name__ == "__main__":
     prompts = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(3))
-    a_callers_own_loop(with_streams(build()), prompts, sys.argv[1])
-    generate_compiles_by_itself(with_streams(build()), prompts, sys.argv[1])
+    for kind in KINDS.values():
+        a_callers_own_loop(with_streams(build(), **kind), prompts, sys.argv[1])
+        generate_compiles_by_itself(with_streams(build(), **kind), prompts, sys.argv[1])
     print("equal")

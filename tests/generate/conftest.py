@@ -9,10 +9,13 @@ from torch import Tensor
 from tests.small import VOCABULARY, build, with_streams
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    """Four streams on a Qwen2; not to be changed."""
-    return with_streams(build())
+KINDS: dict[str, dict[str, Any]] = {"own": {}, "shared": {"kv": "shared", "diversify": ("prefix", "lora")}}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest) -> Any:
+    """Four streams on a Qwen2, with keys and values of their own or shared ones; not to be changed."""
+    return with_streams(build(), **KINDS[request.param])
 
 
 @pytest.fixture

@@ -179,11 +179,11 @@ def test_a_manager_that_is_kept_keeps_its_p(prompts: list[list[int]]) -> None:
     assert run(model, prompts, streams=2) == alone(model.with_streams(2), prompts)
 
 
-def test_the_cache_holds_p_times_the_heads_and_no_prefix(model: Any, ids: Tensor) -> None:
+def test_the_cache_holds_the_heads_of_all_streams_or_of_one_and_no_prefix(model: Any, ids: Tensor) -> None:
     manager = model.init_continuous_batching(generation_config=GREEDY, continuous_batching_config=paged())
     manager.warmup()
     cache = manager.batch_processor.cache
     allocator = cache.layer_to_allocator[0]
-    assert allocator.num_key_value_heads == 4 * model.config.num_key_value_heads
+    assert allocator.num_key_value_heads == model.cached_streams * model.config.num_key_value_heads
     assert allocator.head_dim == 8
     assert cache.num_blocks == 64  # of four tokens each: none reserved for the prefix's five

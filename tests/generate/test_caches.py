@@ -23,7 +23,7 @@ def test_a_callers_own_cache_is_filled_and_used(model: Any, ids: Tensor) -> None
     assert torch.equal(made, uncached(model, ids))
     assert cache.get_seq_length() == made.shape[1] - 1  # real tokens only, the last one not yet run
     assert cache.layers[0].keys is not None
-    assert cache.layers[0].keys.shape[0] == 4 * ids.shape[0]
+    assert cache.layers[0].keys.shape[0] == model.cached_streams * ids.shape[0]
     assert torch.equal(greedy(model, made, past_key_values=cache), uncached(model, made))
 
 
@@ -97,7 +97,7 @@ def test_quantised_cache(model: Any, ids: Tensor) -> None:
     layers = [LosslessLayer(residual_length=4) for _ in range(model.config.num_hidden_layers)]
     assert torch.equal(greedy(model, ids, past_key_values=Cache(layers=layers)), uncached(model, ids))
     assert layers[0]._quantized_keys.dtype == torch.int32
-    assert layers[0]._quantized_keys.shape[:2] == (4 * ids.shape[0], 2)
+    assert layers[0]._quantized_keys.shape[:2] == (model.cached_streams * ids.shape[0], 2)
 
 
 @pytest.mark.slow

@@ -134,7 +134,8 @@ def test_a_p_for_each_row(ids: Tensor, kv: str) -> None:
         narrow, row = model.with_streams(p), ids[i : i + 1]
         assert torch.equal(found[i][None], uncached(narrow, row))
         assert torch.equal(beams[i][None], greedy(narrow, row, num_beams=2, use_cache=False))
-    assert model.streams == 4 and model.base_model.stream_state.present is None
+    assert model.streams == 4
+    assert model.base_model.stream_state.present is None
 
 
 @torch.no_grad()

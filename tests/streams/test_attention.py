@@ -127,7 +127,7 @@ def test_flex(window: int | None, start: int) -> None:
     padding = torch.ones(B, length, dtype=torch.bool)
     padding[1, :4] = False
     function = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    config: Any = SimpleNamespace(parscale_n_tokens=N)
+    config: Any = SimpleNamespace(parscale_n=P, parscale_n_tokens=N)
     with torch.compiler.set_stance("force_eager"):
         mask = flex_mask(
             batch_size=P * B, q_length=length - start, kv_length=length, q_offset=start, mask_function=function,
@@ -141,7 +141,7 @@ def test_flex(window: int | None, start: int) -> None:
 
 @pytest.mark.parametrize("kv", ["own", "shared"])
 def test_a_long_prompt_is_as_a_short_one(kv: str) -> None:
-    """Beyond `LONG` the mask gives way to queries that nobody reads: the same logits and gradients as eager attention."""
+    """Beyond `LONG` the mask gives way to queries that nobody reads: logits and gradients are eager attention's."""
     model = with_streams(build(max_position_embeddings=2 * LONG), kv=kv, streams=2)
     ids = torch.randint(3, 97, (2, LONG + 20), generator=torch.Generator().manual_seed(0))
     results = []

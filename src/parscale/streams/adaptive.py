@@ -19,8 +19,8 @@ from parscale.errors import InputError
 class HardTokens:
     """Run `streams` streams where stream 0 alone predicts with an entropy above `entropy`, and stream 0 elsewhere.
 
-    A hard token costs a pass of one stream and a pass of all; an easy one a pass of one. Give it to `set_streams`, or to
-    `generate` as `streams`.
+    A hard token costs a pass of one stream and a pass of all; an easy one a pass of one. Give it to `set_streams`, or
+    to `generate` as `streams`.
 
     Args:
         entropy: of the prediction, in nats; 0 makes every token hard.

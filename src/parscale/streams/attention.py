@@ -28,7 +28,7 @@ from parscale.streams.order import duplicate, expand_bank, split
 TAG = "parscale|"
 SUPPORTED = ("eager", "sdpa", "flex_attention")
 LONG = 384
-"""Query tokens from which on, on a CPU, n more in front cost less than the half of the scores that a mask throws away."""
+"""Query tokens beyond which, on a CPU, n more in front cost less than the half of the scores that a mask discards."""
 _SCORE_CHANGES = ("position_bias", "softcap", "s_aux")  # what `_decode` and `kv.decode` do not compute
 
 
@@ -91,14 +91,14 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over [prefix; keys]: equal to the inner implementation on the concatenation, under a mask that lets
-    every query see the whole prefix. Returns what the inner one returns; attention weights have n more columns. Keys and
-    values have P·B rows; or B, those of stream 0, when a cache has kept them alone.
+    every query see the whole prefix. Returns what the inner one returns; attention weights have n more columns. Keys
+    and values have P·B rows; or B, those of stream 0, when a cache has kept them alone.
     """
     inner = inner_attention(module, implementation)
     state: Any = getattr(module, "stream_state", None)
-    shared = state is not None and state.shares_kv
-    if shared and key.shape[0] == query.shape[0]:  # no cache was there to drop the other streams' rows
-        key, value = kv.of_first_stream(key, value, state.active)
+    sharing = state.active if state is not None and state.shares_kv else 0  # how many read stream 0's keys and values
+    if sharing and key.shape[0] == query.shape[0]:  # no cache was there to drop the other streams' rows
+        key, value = kv.of_first_stream(key, value, sharing)
     paged = kwargs.pop("cache", None)
     if paged is not None:  # updated here: the inner function would write the prefix into it with the rest
         key, value = paged.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
@@ -108,12 +108,12 @@ def attend(
     length, scaling = query.shape[2], kwargs.get("scaling")
     plain_scores = all(kwargs.get(name) is None for name in _SCORE_CHANGES)
     decoding = implementation == "sdpa" and length == 1 and plain_scores and not torch.is_grad_enabled()
-    if decoding and shared:
-        return kv.decode(query, key, value, prefix, attention_mask, scaling, state.active), None
+    if decoding and sharing:
+        return kv.decode(query, key, value, prefix, attention_mask, scaling, sharing), None
     if decoding and prefix is not None:
         return _decode(query, key, value, *prefix, attention_mask, scaling), None
-    if shared:
-        key, value = duplicate(key, state.active), duplicate(value, state.active)
+    if sharing:
+        key, value = duplicate(key, sharing), duplicate(value, sharing)
     if prefix is None:
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
     prefix_k, prefix_v = prefix

@@ -29,10 +29,13 @@ class StreamsGeneration:
         """Run the first `streams` of the P trained streams from now on. Free: no weight is moved.
 
         Several numbers are one for each row of the batches to come: a row's result is what it would be alone at its p.
-        All rows run the largest p; streams that a row did not ask for get no weight in it. `HardTokens` chooses p token by token. A KV cache belongs to the p that filled it; with shared keys and values it goes with any.
+        All rows run the largest p; streams that a row did not ask for get no weight in it. `HardTokens` chooses p token
+        by token.
+
+        A KV cache belongs to the p that filled it; with shared keys and values it goes with any.
 
         Raises:
-            InputError: not an integer from 1 to P, or a list of such; `HardTokens` where streams have keys of their own.
+            InputError: not an integer from 1 to P, or a list of such; `HardTokens` where streams have their own keys.
         """
         state = self.base_model.stream_state
         hard = streams if isinstance(streams, HardTokens) else None
@@ -40,8 +43,8 @@ class StreamsGeneration:
             check_adaptive(self)
             self.set_streams(hard.streams)  # is it possible?
             streams = 1
-        trained, by_row = state.config.streams, isinstance(streams, Sequence)
-        wanted: Any = list(streams) if by_row else [streams]
+        trained = state.config.streams
+        wanted: Any = list(streams) if isinstance(streams, Sequence) else [streams]
         if not wanted or any(isinstance(p, bool) or not isinstance(p, int) or not 1 <= p <= trained for p in wanted):
             raise InputError(f"streams={streams!r} is not accepted; this model has {trained}, give 1 to {trained}")
         state.active, state.present, state.hard = max(wanted), None, hard
@@ -63,7 +66,11 @@ class StreamsGeneration:
         return other
 
     def generate(
-        self, inputs: Tensor | None = None, *args: Any, streams: int | Sequence[int] | HardTokens | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        streams: int | Sequence[int] | HardTokens | None = None,
+        **kwargs: Any,
     ) -> Any:
         """transformers' own `generate`, with the merged logits of all active streams.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, DynamicCache
 
@@ -95,8 +95,8 @@ def decode(
 ) -> Float[Tensor, "pb 1 h e"]:
     """softmax([q_p·prefix_k_p, q_p·k])·[prefix_v_p; v] for one query token of every stream p: one read of the cache.
 
-    The prefix is (P, Hk, n, D) and (P, Hk, n, E); (1, Hk, n, …) if it is one for all streams; or None. The mask may have
-    rows for every stream, all alike.
+    The prefix is (P, Hk, n, D) and (P, Hk, n, E); (1, Hk, n, …) if it is one for all streams; or None. The mask may
+    have rows for every stream, all alike.
     """
     kv_heads = key.shape[1]
     by_stream = split(query.squeeze(2).unflatten(1, (kv_heads, -1)), streams)  # (P, B, Hk, G, D)
@@ -168,8 +168,8 @@ _HARMLESS = {"logits_to_keep", "use_cache", "return_dict"}
 
 
 def _is_divisible(mask: Any, cache: Cache | None) -> bool:
-    """Whether `_rows_of_mask` can divide it. A prepared mask of a sliding window counts keys from where the window of the
-    whole prompt begins."""
+    """Whether `_rows_of_mask` can divide it. A prepared mask of a sliding window counts keys from where the window of
+    the whole prompt begins."""
     masks = list(mask.values()) if isinstance(mask, dict) else [mask]
     prepared = [m for m in masks if isinstance(m, BlockMask) or (m is not None and m.ndim == 4)]
     sliding = cache is not None and any(cache.is_sliding)
