@@ -5,8 +5,9 @@
 
 import json
 import shutil
-import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,27 +15,49 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
-from parscale.load import first_line, load_model, load_tokenizer
-from parscale.probe import StreamProbe, probe_streams
+from parscale.load import first_line
+from parscale.probe import StreamProbe
 from parscale.streams.backbone import has_streams, streams_of
-from parscale.streams.parallelize import parallelize
+from parscale.train.balance import StreamBalance
+from parscale.train.checkpoints import PREFIX, SCRATCH, Checkpoints, run_of
 from parscale.train.config import TrainConfig
-from parscale.train.data import PackedText, load_text
+from parscale.train.data import PackedText, sample
+from parscale.train.faults import FaultTolerance, catching_sigterm, command_to_resume
+from parscale.train.loss import chunked_loss
+from parscale.train.model import base_of, model_of, save_model
+from parscale.train.parallel import (
+    check_launch,
+    check_stream_parallel,
+    is_first_process,
+    processes,
+    same_batch_for,
+    shard_on_cpu_too,
+    split_streams,
+    whole_parameters,
+)
+from parscale.train.prepare import prepare
 from parscale.train.progress import ProgressBar
-from parscale.train.shapes import build, check_vocabulary
-from parscale.train.stages import Rates, count_stream_parameters, freeze_backbone, parameter_groups
+from parscale.train.separate import collator
+from parscale.train.sft import sft_arguments, sft_trainer
+from parscale.train.stages import Rates, count_stream_parameters, hold_backbone, parameter_groups, schedule
+from parscale.train.watch import StreamWatch, as_logs, say
+
+RECORD = "train.json"
+"""What a run was told and gave; a folder that has it holds a whole model."""
+LOGS = "runs"
+"""Where TensorBoard's event files stand in the output folder."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +71,58 @@ class TrainResult:
     seed: int
     tokens: int
     steps: int
+    skipped_steps: int
     parameters: int
     stream_parameters: int
     start_loss: float
     validation_loss: float
+    corpora: dict[str, dict[str, float]]
     probe: dict[str, Any] | None
     seconds: float
     history: list[dict[str, Any]]
 
 
-class StreamsTrainer(Trainer):
-    """Hugging Face's Trainer with the stages' parameter groups; its logs show the streams' weights and correlation.
+class StreamsTrainer(FaultTolerance, Trainer):
+    """Hugging Face's Trainer with the stages' parameter groups; its logs show what the streams do.
 
     Args:
         rates: learning rates by parameter group.
-        watch: token ids (B, T) of held-out text that the streams are looked at on, at every log.
+        watch: looks at the streams at every log, and raises its alarms at evaluations.
+        balance: what keeps the streams in use; its penalty is part of the training loss.
+        corpora: more validation sets by name, whose loss is measured beside the main one.
+        smooth: share of the past in the running mean of the validation loss, `eval_loss_smooth`.
+        stream_parallel: split the streams over so many processes.
     """
 
-    def __init__(self, *args: Any, rates: Rates, watch: Tensor | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        rates: Rates,
+        watch: StreamWatch | None = None,
+        balance: StreamBalance | None = None,
+        corpora: Mapping[str, Any] | None = None,
+        smooth: float = 0.0,
+        stream_parallel: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        self.stream_parallel = stream_parallel
         super().__init__(*args, **kwargs)
         self.rates = rates
         self.watch = watch
-        self.gradients: dict[str, float] = {}
-        self.add_callback(_GradientNorms(self.gradients))
+        self.corpora = dict(corpora or {})
+        self.smooth = smooth
+        self.balance = balance
+        if balance is not None:
+            self.add_callback(balance)
+        if stream_parallel > 1:
+            split_streams(base_of(self.model), stream_parallel)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's own, with FSDP2 on CPUs too, and one batch for the processes that share its streams."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled |= shard_on_cpu_too(self.accelerator)
+        if self.stream_parallel > 1:
+            same_batch_for(self.accelerator, self.stream_parallel)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's own optimizer class over `stages.parameter_groups`."""
@@ -80,36 +132,70 @@ class StreamsTrainer(Trainer):
             self.optimizer = optimizer_class(parameter_groups(module, self.rates), **options)
         return self.optimizer  # type: ignore[return-value]
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's own, in which the backbone may begin later."""
+        if self.lr_scheduler is None:
+            scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
+            held = round(self.rates.backbone_delay * num_training_steps)
+            if held:
+                scheduler = hold_backbone(scheduler, held, self.args.get_warmup_steps(num_training_steps))
+            self.lr_scheduler = scheduler
+        return self.lr_scheduler
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The Trainer's own, and `eval_NAME_loss` for each of the other corpora."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None:
+            for name, blocks in self.corpora.items():
+                metrics |= super().evaluate(blocks, ignore_keys, f"{metric_key_prefix}_{name}")
+        return metrics
+
+    def compute_loss(self, *args: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The Trainer's own, and the step's penalty. A step may have several micro-batches; each brings its share."""
+        computed = super().compute_loss(*args, return_outputs=return_outputs, **kwargs)
+        penalty = self.balance.take_penalty() if self.balance is not None else None
+        if penalty is None:
+            return computed
+        penalty = penalty / self.args.gradient_accumulation_steps
+        return (computed[0] + penalty, computed[1]) if return_outputs else computed + penalty
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what the streams do now to every training log."""
+        """Add what the gradients and the streams do now to every log of a training or validation loss."""
         if "loss" in logs:
-            logs |= self.gradients
-        if "loss" in logs and (seen := self.probe()) is not None:
-            logs |= {f"streams/weight_{i}": w for i, w in enumerate(seen.weights)}
-            logs |= {"streams/effective": seen.effective_streams, "streams/cosine": seen.cosine or 0.0}
+            logs |= {f"gradients/{name}": norm for name, norm in self.gradients.items()}
+            logs["skipped_steps"] = self.skipped
+        if ("loss" in logs or "eval_loss" in logs) and (seen := self.probe()) is not None:
+            logs |= as_logs(seen)
+            if "eval_loss" in logs and self.state.global_step > 0:
+                self._raise_alarms(seen)
+        if "eval_loss" in logs:
+            logs["eval_loss_smooth"] = self._smoothed(logs["eval_loss"])
         super().log(logs, start_time)
 
     def probe(self) -> StreamProbe | None:
         """The streams on the watched text; None for a model with one stream."""
-        model: Any = self.accelerator.unwrap_model(self.model)
-        if self.watch is None or not has_streams(model) or model.streams == 1:
-            return None
-        return probe_streams(model, self.watch)
+        model = base_of(self.accelerator.unwrap_model(self.model))
+        return self.watch.look(model) if self.watch is not None else None
+
+    def _raise_alarms(self, seen: StreamProbe) -> None:
+        assert self.watch is not None
+        for alarm in self.watch.alarms(seen, self.state.global_step):
+            if self.is_world_process_zero():
+                say(alarm)
+
+    def _smoothed(self, loss: float) -> float:
+        past = [row["eval_loss_smooth"] for row in self.state.log_history if "eval_loss_smooth" in row and row["step"]]
+        return self.smooth * past[-1] + (1 - self.smooth) * loss if past else loss
 
 
-class _GradientNorms(TrainerCallback):
-    """Keeps the gradient's norm in each parameter group, for the log of the same step. Clipping is done by then."""
+class _EvaluateLast(TrainerCallback):
+    """Evaluates after the last step too, where the steps between evaluations do not divide the run."""
 
-    def __init__(self, norms: dict[str, float]) -> None:
-        self.norms = norms
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if (state.global_step + 1) % state.logging_steps:
-            return
-        for group in optimizer.param_groups:
-            gradients = [p.grad for p in group["params"] if p.grad is not None]
-            if gradients:
-                self.norms[f"gradients/{group['name']}"] = torch.nn.utils.get_total_norm(gradients).item()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
 
 def train(config: TrainConfig, *, data: PackedText | None = None, title: str | None = None) -> TrainResult:
@@ -123,43 +209,60 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
     Raises:
         InputError: bad text, model, folder or settings; nothing is left half-written.
     """
-    check_output(config.output)
+    check_launch(config)
+    if config.resume and (finished := _finished(config.output)) is not None:
+        return finished
+    if is_first_process():
+        check_output(config.output, resume=config.resume)
+    with _emptied(config.output):
+        return _run(config, data, title)
+
+
+def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> TrainResult:
     set_seed(config.seed)
-    tokenizer = _tokenizer(config) if data is None else data.tokenizer
-    data = data or load_text(
-        config.data,
-        validation=config.validation or None,
-        tokenizer=tokenizer,
-        vocab_size=config.vocab_size,
-        block_size=config.block_size,
-        text_column=config.text_column,
-        cache_dir=config.cache_dir,
+    data = data or prepare(config)
+    trained = model_of(config, data.tokenizer, sample(data.train, 4))
+    model = base_of(trained)
+    validation, *corpora = (
+        blocks.select(range(min(len(blocks), config.validation_blocks)))
+        for blocks in (data.validation, *data.corpora.values())
     )
-    model = _model(config, data)
-    freeze_backbone(model, config.stage)
-    if config.gradient_checkpointing:
-        # transformers 5.17 knows only the second name; later ones warn of it
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    validation = data.validation.select(range(min(len(data.validation), config.validation_blocks)))
-    tokens_per_step = config.batch_size * data.block_size
+    check_stream_parallel(model, config.stream_parallel, processes())
+    tokens_per_step = round(processes() // config.stream_parallel * config.batch_size * data.tokens_per_row)
     steps = max(1, (config.tokens or data.train_tokens) // tokens_per_step)
+    several = has_streams(model) and model.streams > 1
+    balance = StreamBalance(model, config.balance, config.seed) if several and not config.balance.is_off else None
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:  # the Trainer wants a folder, though nothing is saved there
-        trainer = StreamsTrainer(
-            model=model,
-            args=_arguments(config, steps, scratch),
+    checkpoints = Checkpoints(config.output, run_of(config, data, model), config.keep)
+    newest = checkpoints.resume() if config.resume else None
+    sft = config.stage == "sft"
+    with nullcontext() if sft else chunked_loss(trained):
+        make = sft_trainer(StreamsTrainer, data.tokenizer) if sft else StreamsTrainer
+        trainer = make(
+            model=trained,
+            args=_arguments(config, steps, newest is None, sft_arguments if sft else TrainingArguments),
             train_dataset=data.train,
             eval_dataset=validation,
-            data_collator=default_data_collator,
+            data_collator=collator(data),
             rates=config.rates,
-            watch=torch.as_tensor(validation[:4]["input_ids"]),
+            watch=StreamWatch(sample(validation, 4)),
+            balance=balance,
+            corpora=dict(zip(data.corpora, corpora, strict=True)),
+            smooth=config.smooth_validation,
+            checkpoints=checkpoints,
+            max_skipped=config.max_skipped,
+            stream_parallel=config.stream_parallel,
         )
         trainer.remove_callback(PrinterCallback)
-        start_loss = trainer.evaluate()["eval_loss"]
+        trainer.add_callback(_EvaluateLast())
+        if config.patience is not None:
+            trainer.add_callback(EarlyStoppingCallback(config.patience))
         trainer.add_callback(ProgressBar(title or f"{config.stage} P={_streams(model)}", tokens_per_step))
-        trainer.train()
-    history = [row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row]
+        with catching_sigterm(trainer.terminated):
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        _check_stopped(trainer)
+    start = {key: value for row in trainer.state.log_history if row["step"] == 0 for key, value in row.items()}
+    history = [row for row in trainer.state.log_history if row["step"] and ("loss" in row or "eval_loss" in row)]
     seen = trainer.probe()
     result = TrainResult(
         output=str(config.output),
@@ -167,46 +270,76 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
         model=config.model,
         streams=(streams_of(model) if has_streams(model) else StreamsConfig(1, 0)).to_dict(),
         seed=config.seed,
-        tokens=steps * tokens_per_step,
-        steps=steps,
+        tokens=trainer.state.global_step * tokens_per_step,
+        steps=trainer.state.global_step,
+        skipped_steps=trainer.skipped,
         parameters=model.num_parameters(),
         stream_parameters=count_stream_parameters(model),
-        start_loss=start_loss,
+        start_loss=start["eval_loss"],
         validation_loss=next(row["eval_loss"] for row in reversed(history) if "eval_loss" in row),
+        corpora={
+            name: {"before": start[key], "after": _last(trainer.state.log_history, key)}
+            for name, key in ((name, f"eval_{name}_loss") for name in data.corpora)
+        },
         probe=seen.to_dict() if seen else None,
         seconds=time.monotonic() - started,
         history=history,
     )
-    save_run(model, data.tokenizer, config.output, {"result": asdict(result), "config": _plain(asdict(config))})
+    whole = whole_parameters(trained) if trainer.is_fsdp_enabled else None
+    if is_first_process():
+        record = {"result": asdict(result), "config": _plain(asdict(config))}
+        save_run(trained, data.tokenizer, config.output, record, whole)
+    trainer.accelerator.wait_for_everyone()
     return result
 
 
-def save_run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, record: dict[str, Any]) -> None:
-    """Write model, tokenizer and `train.json` under a temporary name, then rename: the folder is whole or absent."""
+def save_run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    record: dict[str, Any],
+    whole: dict[str, Tensor] | None = None,
+) -> None:
+    """Write model, tokenizer and `train.json` under a temporary name, then rename: the folder is whole or absent.
+
+    `whole` is the state of a model that is sharded.
+    """
     scratch = output.with_name(f".{output.name}.partial")
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        model.save_pretrained(scratch)
+        save_model(model, scratch, whole)
         tokenizer.save_pretrained(scratch)
-        (scratch / "train.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        if output.exists():
-            output.rmdir()  # check_output saw that it is empty
-        scratch.rename(output)
+        (scratch / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if output.exists() and any(output.iterdir()):  # checkpoints and logs of this run
+            for file in sorted(scratch.iterdir(), key=lambda file: file.name == RECORD):  # the record makes it whole
+                file.replace(output / file.name)
+            scratch.rmdir()
+        else:
+            if output.exists():
+                output.rmdir()
+            scratch.rename(output)
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
         if isinstance(error, OSError) or "No space left" in str(error):
-            raise InputError(f"output={output}: cannot write there ({first_line(error)}); nothing was kept") from error
+            raise InputError(
+                f"output={output}: cannot write there ({first_line(error)}); the model was not saved"
+            ) from error
         raise
 
 
-def check_output(output: Path) -> None:
-    """Refuse, before any work, an output folder that is not empty or that cannot be written.
+def check_output(output: Path, *, resume: bool = False) -> None:
+    """Refuse, before any work, an output folder that is not empty or that cannot be written. To resume, it may hold a
+    run's checkpoints and logs.
 
     Raises:
         InputError: naming the folder and the reason.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    held = [file.name for file in output.iterdir()] if output.is_dir() else []
+    ours = [name for name in held if name == LOGS or name.startswith((PREFIX, SCRATCH))]
+    if ours and ours == held and not resume:
+        raise InputError(f"output={output} holds a run that was stopped; add --resume to go on, or give another name")
+    if (output.exists() and not output.is_dir()) or ours != held:
         raise InputError(f"output={output} exists and is not an empty folder; give another name or remove it")
     probe = output.with_name(f".{output.name}.partial")
     try:
@@ -216,36 +349,10 @@ def check_output(output: Path) -> None:
         raise InputError(f"output={output}: cannot write there ({error.strerror or error})") from None
 
 
-def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
-    name = config.tokenizer or (None if config.stage == "pretrain" else config.model)
-    if name is None:
-        return None
-    return load_tokenizer(name)
-
-
-def _model(config: TrainConfig, data: PackedText) -> Any:
-    if config.stage == "pretrain":
-        model: Any = build(config.model, data.tokenizer, data.block_size)
-    else:
-        model = load_model(config.model)
-        check_vocabulary(model.config.vocab_size, data.tokenizer, config.model)
-    if has_streams(model):
-        if config.streams not in (StreamsConfig(), streams_of(model)):
-            raise InputError(
-                f"model={config.model!r} has streams of its own ({streams_of(model).to_dict()}); leave out the flags "
-                "of the streams to go on with them"
-            )
-        return model
-    if config.streams.is_plain:
-        return model
-    calibration = torch.as_tensor(data.train[:4]["input_ids"])
-    return parallelize(model, config.streams, calibration=calibration)
-
-
-def _arguments(config: TrainConfig, steps: int, folder: str) -> TrainingArguments:
+def _arguments(config: TrainConfig, steps: int, starting: bool, make: Callable[..., Any]) -> Any:
     on_gpu = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=folder,
+    return make(
+        output_dir=str(config.output),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
@@ -253,21 +360,65 @@ def _arguments(config: TrainConfig, steps: int, folder: str) -> TrainingArgument
         weight_decay=config.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=config.gradient_clip,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": round(config.decay * steps), "decay_type": "linear"},
-        warmup_steps=round(config.warmup * steps),
+        **schedule(config, steps),
+        metric_for_best_model=None if config.patience is None else "eval_loss_smooth",
+        greater_is_better=False,
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        eval_on_start=starting,
         eval_strategy="steps",
         eval_steps=-(-steps // config.evaluations),
         logging_steps=max(1, steps // 40),
-        save_strategy="no",
+        save_strategy="no" if config.save_every is None else "steps",
+        save_steps=config.save_every or 500,
         prediction_loss_only=True,
         disable_tqdm=True,
         report_to=config.report_to,
         seed=config.seed,
         data_seed=config.seed,
+        use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=on_gpu,
     )
+
+
+def _finished(output: Path) -> TrainResult | None:
+    """What a run gave that ended already; None if it did not."""
+    record = output / RECORD
+    if not record.is_file():
+        return None
+    say(f"{output} holds a run that has ended; nothing is left to do")
+    return TrainResult(**json.loads(record.read_text(encoding="utf-8"))["result"])
+
+
+@contextmanager
+def _emptied(output: Path) -> Iterator[None]:
+    """A run that fails leaves no empty folder behind."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            output.rmdir()
+        raise
+
+
+def _check_stopped(trainer: StreamsTrainer) -> None:
+    """End here if the run was stopped before its last step."""
+    if trainer.stopped_by is None:
+        return
+    newest = trainer.checkpoints.all()[-1]
+    if trainer.stopped_by == "SIGTERM":
+        step, steps = trainer.state.global_step, trainer.state.max_steps
+        if trainer.is_world_process_zero():
+            saved = f"stopped by SIGTERM after step {step} of {steps}, saved in {newest}"
+            say(f"{saved}; resume with: {command_to_resume()}")
+        raise SystemExit(0)
+    raise InputError(
+        f"{trainer.stopped_by}; stopped, with the weights before them saved in {newest}. Lower the learning rates, or "
+        "look at the text there"
+    )
+
+
+def _last(history: list[dict[str, Any]], key: str) -> float:
+    return next(row[key] for row in reversed(history) if key in row)
 
 
 def _streams(model: Any) -> int:
