@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
@@ -16,6 +18,7 @@ from parscale.load import load_model
 from parscale.streams.backbone import has_streams, streams_of
 from parscale.streams.checkpoint import save_streams
 from parscale.streams.parallelize import parallelize
+from parscale.streams.tensors import belongs_to_streams
 from parscale.train.config import TrainConfig
 from parscale.train.shapes import build, check_vocabulary
 from parscale.train.stages import freeze_backbone
@@ -85,11 +88,12 @@ def _with_lora(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise InputError("peft='lora' needs the package peft: pip install 'parscale[peft]'") from None
-    settings = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules="all-linear",
-        exclude_modules=r".*(aggregate_layer|prefix_generator).*",  # what the streams add is trained whole
-        task_type="CAUSAL_LM",
-    )
+    backbone = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not model.get_output_embeddings()
+        and not belongs_to_streams(name)
+    ]
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=backbone, task_type="CAUSAL_LM")
     return get_peft_model(model, settings)
