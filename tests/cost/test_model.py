@@ -95,6 +95,54 @@ def test_a_compute_bound_prefill_is_the_operations_over_the_peak() -> None:
     assert cost(shape, work, machine)["latency"]["prefill"] == pytest.approx((linear + scores + ends) / 1e9, rel=1e-12)
 
 
+@pytest.mark.parametrize("prompt", [100, 1])
+def test_shared_keys_are_one_streams_prompt_and_cache_written_out(prompt: int) -> None:
+    """P = 4, batch 2, one new token: bytes on a machine bound by its memory, operations on one bound by arithmetic."""
+    shape = Shape(64, 160, layers=2, heads=4, kv_heads=2, vocab=1000)
+    work = Workload(4, 2, prompt, 1, accounting="counted", kv="shared", flops_efficiency=1, bandwidth_efficiency=1)
+    batch, rows, d, f, kv = 2, 8, 64, 160, 2 * 64 * 32
+    mixing = 2 * (2 * d * d + kv + 3 * d * f)
+    head = 4 * d * d + d + d * 4 + 4
+    cache_entry = 2 * 2 * 2 * 16  # layers × (key, value) × kv heads × head size
+
+    arithmetic = cost(shape, work, replace(HARDWARE["a100-80g"], flops=1e9, bandwidth=1e30))["latency"]
+    others_last = rows * mixing - 2 * (rows - batch) * kv  # the last prompt token: keys and values of one stream
+    linear = 2 * (batch * (prompt - 1) * mixing + others_last)
+    scores = 4 * 2 * d * (batch * (prompt - 1) * (48 + (prompt - 1) / 2) + rows * (prompt + 48))
+    ends = 2 * batch * (1000 * d + head)
+    assert arithmetic["prefill"] == pytest.approx((linear + scores + ends) / 1e9, rel=1e-12)
+    assert arithmetic["decode_step"] == pytest.approx(
+        (2 * others_last + 4 * 2 * d * rows * (prompt + 1 + 48) + ends) / 1e9, rel=1e-12
+    )
+
+    moving = cost(shape, work, replace(HARDWARE["a100-80g"], flops=1e30, bandwidth=1e9))["latency"]
+    step = 2 * (mixing + 2 * rows * (3 * d + f)) + 2 * 2 * rows * d * 4
+    banks = rows * 48  # every stream of every request reads its own prefix
+    first = 2 * (mixing + 2 * batch * (prompt - 1) * (3 * d + f)) + 2 * 2 * batch * (prompt - 1) * d * 4
+    ends = 2 * (1000 * d + head)
+    prefill = (first if prompt > 1 else 0) + step + ends + 2 * cache_entry * (2 * batch * prompt + banks)
+    assert moving["prefill"] == pytest.approx(prefill / 1e9, rel=1e-12)
+    traffic = 2 * cache_entry * (batch * (prompt + 1 + 1) + banks)
+    assert moving["cache_traffic"] == pytest.approx(traffic / 1e9, rel=1e-12)
+    assert moving["decode_step"] == pytest.approx((step + ends + traffic) / 1e9, rel=1e-12)
+
+    held = cost(shape, work)["memory"]
+    assert held["kv_cache"] == pytest.approx(2 * cache_entry * (batch * (prompt + 1) + 4 * 48) / GIB, rel=1e-12)
+    tokens = max(batch * (prompt - 1), rows)
+    assert held["activations"] == pytest.approx(2 * max(tokens * 3 * d, 1000 * batch) / GIB, rel=1e-12)
+
+
+def test_sharing_makes_prefill_one_streams_and_changes_nothing_for_one_stream() -> None:
+    shape, long = PAPER_SHAPES["1.6B"], Workload(8, batch=4, input=2048, accounting="counted")
+    own, shared = (cost(shape, replace(long, kv=kv))["latency"]["prefill"] for kv in ("own", "shared"))
+    one = cost(shape, replace(long, streams=1))
+    assert own == pytest.approx(8 * one["latency"]["prefill"], rel=0.1)
+    assert shared == pytest.approx(one["latency"]["prefill"], rel=0.1)
+    for accounting in ("released", "counted"):
+        plain = replace(long, streams=1, accounting=accounting)
+        assert cost(shape, replace(plain, kv="shared")) == cost(shape, plain)
+
+
 def test_what_each_choice_does() -> None:
     shape, plain = PAPER_SHAPES["1.6B"], Workload(8, batch=8, input=512)
     own = cost(shape, plain)

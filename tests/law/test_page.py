@@ -90,7 +90,7 @@ def test_the_numbers_are_pythons_on_a_grid(page: Any) -> None:
             (1, 2, 8, 16),
             (1, 32),
             (("bf16", "a100-80g"), ("int4", "l4"), ("fp32", "rtx4090")),
-            (("released", "own"), ("counted", "own"), ("counted", "shared")),
+            tuple(itertools.product(("released", "counted"), ("own", "shared"))),
         )
     ]
     there = page.evaluate("states => states.map(parscale.evaluate)", states)

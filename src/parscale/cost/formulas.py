@@ -7,8 +7,8 @@ These lines are Python and JavaScript alike (dicts, arithmetic, max, log, if-els
 planner's page runs them translated word for word. Units: bytes, FLOP, seconds.
 
     s  shape     hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, untied (0 | 1), bias (0 | 1)
-    w  workload  streams, batch, input, output, prefix (tokens), weight, value (bytes an entry), shared (0 | 1: one
-                 stream's keys and values serve all), counted (0 | 1)
+    w  workload  streams, batch, input, output, prefix (tokens), weight, value (bytes an entry), shared (0 | 1: the
+                 first stream's keys and values serve all), counted (0 | 1)
     m  machine   flops, bandwidth (both as achieved: peak times efficiency)
 """
 
@@ -50,10 +50,16 @@ def total_params(s: Any, streams: Any, prefix: Any) -> Any:
     return backbone_params(s) + prefix_params(s, streams, prefix) + head_params(s, streams)
 
 
+def kv_params(s: Any) -> Any:
+    """The part of attention_params that makes keys and values."""
+    return 2 * s["hidden"] * s["head_dim"] * s["kv_heads"]
+
+
 def memory(s: Any, w: Any) -> Any:
     """Bytes held at once: weights, aggregation head, key/value cache, and the largest activation of the prefill."""
     prefix = w["prefix"] if w["streams"] > 1 else 0
-    rows = w["batch"] * (1 if w["shared"] else w["streams"])
+    alone = w["shared"] if w["streams"] > 1 else 0
+    rows = w["batch"] * (1 if alone else w["streams"])
     embedding = s["vocab"] * s["hidden"] * (1 + s["untied"])
     weights = w["weight"] * s["layers"] * (attention_params(s) + mlp_params(s)) + w["value"] * (
         small_params(s) + embedding
@@ -63,7 +69,9 @@ def memory(s: Any, w: Any) -> Any:
     prefixes = w["streams"] * prefix if w["counted"] else rows * prefix
     cache = position * (rows * (w["input"] + w["output"]) + prefixes)
     # Released: the prefix goes through the layers as 48 more tokens, and every prompt position gets logits.
-    tokens = w["batch"] * w["streams"] * (w["input"] + (0 if w["counted"] else prefix))
+    # Shared: the first stream reads the prompt up to its last token, which all streams then read at once.
+    prompt = rows * (w["input"] + (0 if w["counted"] else prefix) - alone)
+    tokens = max(prompt, w["batch"] * w["streams"] * alone)
     layer = tokens * max(3 * s["heads"] * s["head_dim"], s["hidden"], s["intermediate"])
     logits = s["vocab"] * w["batch"] * (1 if w["counted"] else w["input"] + prefix)
     activations = w["value"] * max(layer, logits)
@@ -77,15 +85,17 @@ def memory(s: Any, w: Any) -> Any:
     }
 
 
-def layers_seconds(s: Any, w: Any, m: Any, rows: Any, length: Any, scores: Any) -> Any:
-    """All layers on `rows` rows of `length` tokens with `scores` query-key pairs a row and head.
+def layers_seconds(s: Any, w: Any, m: Any, rows: Any, cached: Any, length: Any, scores: Any) -> Any:
+    """All layers on `rows` rows of `length` tokens with `scores` query-key pairs a row and head. `cached` of the rows
+    have keys and values made for them.
 
     Attention and MLP each take the longer of computing and of moving weights and activations; the two norms move
     activations in float32.
     """
     tokens = rows * length
     width = s["heads"] * s["head_dim"]
-    attention_flops = 2 * attention_params(s) * tokens + 4 * rows * scores * width
+    projected = attention_params(s) * tokens - kv_params(s) * (rows - cached) * length
+    attention_flops = 2 * projected + 4 * rows * scores * width
     attention_bytes = w["weight"] * attention_params(s) + w["value"] * tokens * max(
         3 * width, 2 * width + 4 * s["heads"]
     )
@@ -113,23 +123,27 @@ def head_seconds(s: Any, w: Any, m: Any, positions: Any) -> Any:
 def latency(s: Any, w: Any, m: Any) -> Any:
     """Seconds: the prefill, one decode step (mean over the output), and the whole request."""
     prefix = w["prefix"] if w["streams"] > 1 else 0
+    alone = w["shared"] if w["streams"] > 1 else 0
     rows = w["batch"] * w["streams"]
-    cached = w["batch"] * (1 if w["shared"] else w["streams"])
+    cached = w["batch"] if alone else rows
     position = 2 * s["layers"] * s["kv_heads"] * s["head_dim"] * w["value"]
-    length = w["input"] + (0 if w["counted"] else prefix)
-    scores = w["input"] * (prefix + w["input"] / 2) if w["counted"] else length * length
+    # Shared: the first stream reads the prompt but for its last token, then all streams read that one together.
+    read = w["input"] - alone
+    length = read + (0 if w["counted"] else prefix)
+    scores = read * (prefix + read / 2) if w["counted"] else length * length
     # Counted: the prompt's keys and values are written, and only its last position gets logits. Released: every
     # prompt position gets logits once, and every prefix position once a stream.
     written = position * cached * w["input"] / m["bandwidth"] if w["counted"] else 0
-    first = layers_seconds(s, w, m, rows, length, scores) + written
-    logits = w["batch"] * (1 if w["counted"] else w["input"] + w["streams"] * prefix)
-    prefill = first + embedding_seconds(s, w, m, logits)
+    first = (layers_seconds(s, w, m, cached, cached, length, scores) if length > 0 else 0) + written
+    kept = position * (cached * w["input"] + (rows if w["counted"] else cached) * prefix)
+    last = layers_seconds(s, w, m, rows, cached, 1, w["input"] + prefix) + kept / m["bandwidth"] if alone else 0
+    logits = w["batch"] * (1 if w["counted"] else w["input"] + (1 if alone else w["streams"]) * prefix)
+    prefill = first + last + embedding_seconds(s, w, m, logits)
     # Released: each step reads and writes the whole final cache. Counted: reads what is there, writes one position.
-    held = w["input"] + prefix + (w["output"] + 1) / 2
-    traffic = (
-        position * cached * (held + 1 if w["counted"] else 2 * (w["input"] + prefix + w["output"])) / m["bandwidth"]
-    )
-    layers = layers_seconds(s, w, m, rows, 1, held if w["counted"] else 1)
+    held = w["input"] + (w["output"] + 1) / 2
+    moved = cached * (held + 1) + rows * prefix if w["counted"] else 2 * cached * (w["input"] + prefix + w["output"])
+    traffic = position * moved / m["bandwidth"]
+    layers = layers_seconds(s, w, m, rows, cached, 1, held + prefix if w["counted"] else 1)
     # Released: the head's weights are read once a request. Counted: once in the prefill and once in every step.
     aggregate_prefill = head_seconds(s, w, m, w["batch"] * (1 if w["counted"] else w["input"] + w["output"]))
     aggregate_step = head_seconds(s, w, m, w["batch"]) if w["counted"] else 0
