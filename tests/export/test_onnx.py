@@ -1,0 +1,95 @@
+"""What `parscale export --to onnx` writes, run by onnxruntime-genai as it comes; needs the extra `onnx`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from parscale.cli import main
+from parscale.errors import InputError
+from parscale.export.run import export_model
+from parscale.load import load_tokenizer
+from tests.export.conftest import NEW, greedy, without_prefix_values
+
+genai = pytest.importorskip("onnxruntime_genai", reason="the extra 'onnx' is not installed")
+
+
+def generated(folder: Path, prompts: list[Tensor]) -> list[list[int]]:
+    model = genai.Model(str(folder))
+    found = []
+    for prompt in prompts:
+        options = genai.GeneratorParams(model)
+        options.set_search_options(max_length=len(prompt) + NEW, min_length=len(prompt) + NEW, do_sample=False)
+        generator = genai.Generator(model, options)
+        generator.append_tokens(prompt.numpy().astype(np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        found.append(generator.get_sequence(0)[len(prompt) :].tolist())
+    return found
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_model(trained, tmp_path_factory.mktemp("onnx") / "out", engine="onnx").folder
+
+
+def test_tokens_are_those_of_torch(trained: Path, exported: Path, prompts: list[Tensor]) -> None:
+    expected = greedy(trained, prompts)
+    assert generated(exported, prompts) == expected
+    assert greedy(trained, prompts, change=without_prefix_values) != expected  # else nothing was shown
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_fewer_streams(trained: Path, prompts: list[Tensor], streams: int, tmp_path: Path) -> None:
+    export_model(trained, tmp_path / "out", engine="onnx", streams=streams)
+    assert generated(tmp_path / "out", prompts) == greedy(trained, prompts, streams)
+
+
+def test_shared_keys_and_values(trained_shared: Path, prompts: list[Tensor], tmp_path: Path) -> None:
+    export_model(trained_shared, tmp_path / "out", engine="onnx")
+    assert generated(tmp_path / "out", prompts) == greedy(trained_shared, prompts)
+    decoder = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]
+    assert (decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (3 * 4, 2)
+
+
+def test_its_tokenizer_gives_the_same_tokens(trained: Path, exported: Path) -> None:
+    text = "def main():\n    return {'naïve': 1}\n"
+    tokenizer = genai.Tokenizer(genai.Model(str(exported)))
+    assert tokenizer.encode(text).tolist() == load_tokenizer(trained)(text)["input_ids"]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(("weights", "worse"), [("float32", 1.0001), ("int8", 1.02), ("int4", 1.3)])
+def test_perplexity_of_few_bits(
+    trained: Path, corpus: Path, weights: str, worse: float, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("PARSCALE_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / weights
+    settings = ("--data", str(corpus), "--block-size", "64", "--json")
+    assert main(["export", str(trained), "--to", "onnx", "--weights", weights, "--out", str(out), *settings]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 1 / worse < told["perplexity"] / told["perplexity_float32"] < worse
+    assert told["tokens"] >= 8 * 63
+    assert (out / "model.onnx.data").stat().st_size < {"float32": 2e6, "int8": 0.5e6, "int4": 0.4e6}[weights]
+
+
+def test_a_folder_in_use_is_left_alone(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(InputError, match="holds something already"):
+        export_model(trained, tmp_path, engine="onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_nothing_is_left_of_a_failed_export(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnx
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(onnx, "save_model", full)
+    with pytest.raises(OSError, match="no space"):
+        export_model(trained, tmp_path / "out", engine="onnx")
+    assert not list(tmp_path.iterdir())
