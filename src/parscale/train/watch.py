@@ -10,11 +10,11 @@ from parscale.probe import StreamProbe, probe_streams
 from parscale.streams.backbone import has_streams
 
 ADVICE = {
-    "collapsed": "stream collapse: {streams} streams are no better than one ({verdict}); start them further apart "
-    "(prefix_init='normal', diversify with embedding or lora) or raise stream_learning_rate",
-    "monoculture": "weight monoculture: one stream gets nearly all the weight ({verdict}); raise smoothing, or start "
-    "the streams further apart",
+    "stream collapse": "P streams are no better than one; start them further apart (prefix_init='normal', "
+    "diversify with embedding or lora) or raise stream_learning_rate",
+    "weight monoculture": "one stream gets nearly all the weight; raise smoothing, or start the streams further apart",
 }
+"""What helps against each failure that a probe's verdict may name."""
 
 
 class StreamWatch:
@@ -42,10 +42,9 @@ class StreamWatch:
 
     def alarms(self, seen: StreamProbe, step: int) -> list[str]:
         """What to say about the two failures, each the first time it is seen."""
-        found = [name for name in ADVICE if getattr(seen, name) and name not in self.alarmed]
-        self.alarmed.update(found)
-        told = {"streams": seen.streams, "verdict": seen.verdict}
-        return [f"alarm at step {step}: {ADVICE[name].format(**told)}" for name in found]
+        found = [part for part in seen.verdict.split("; ") if part.partition(" (")[0] in ADVICE.keys() - self.alarmed]
+        self.alarmed.update(part.partition(" (")[0] for part in found)
+        return [f"alarm at step {step}: {part}: {ADVICE[part.partition(' (')[0]]}" for part in found]
 
 
 def as_logs(seen: StreamProbe) -> dict[str, float]:
