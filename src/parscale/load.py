@@ -91,10 +91,13 @@ def _quantization(bits: str) -> dict[str, Any]:
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
         else:
-            from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+            from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+            from torchao.quantization.granularity import PerGroup
             from transformers import TorchAoConfig
 
-            settings = TorchAoConfig(Int8WeightOnlyConfig() if bits == "int8" else Int4WeightOnlyConfig(group_size=32))
+            # torchao's packed 4-bit kernels for CPUs have no backward pass; these values lie in a byte each
+            in4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+            settings = TorchAoConfig(Int8WeightOnlyConfig() if bits == "int8" else in4)
     except ImportError as error:
         raise InputError(f"quantize={bits!r} needs a package: pip install 'parscale[quant]' ({error})") from None
     return {"quantization_config": settings, "dtype": torch.bfloat16}

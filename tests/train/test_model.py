@@ -23,7 +23,9 @@ from tests.small import build
 from tests.train.conftest import run
 from tests.train.test_sft import capitals, write
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for the old name
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # peft asks for the old name
 
 STREAMS = StreamsConfig(4, 4, diversify=("prefix", "lora"), lora_rank=2)
 

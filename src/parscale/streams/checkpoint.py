@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from parscale.config import StreamsConfig
@@ -134,7 +135,10 @@ def base_identity(model: PreTrainedModel) -> dict[str, Any]:
         if belongs_to_streams(name):
             continue
         shapes.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        values = parameter.detach().reshape(-1)
+        values = parameter.detach()
+        if is_traceable_wrapper_subclass(values):  # quantised by torchao
+            values = values.dequantize()
+        values = values.reshape(-1)
         sample = values[:: max(1, values.numel() // _SAMPLED)].cpu()
         for dtype, digest in hashes.items():
             digest.update(sample.to(dtype).view(torch.int16).numpy().tobytes())

@@ -41,6 +41,8 @@ def model_of(config: TrainConfig, tokenizer: Any, calibration: torch.Tensor) -> 
         model = load_model(config.model, quantize=config.quantize)
         check_vocabulary(model.config.vocab_size, tokenizer, config.model)
     _give_streams(model, config, calibration)
+    if config.quantize != "none":
+        model._hf_peft_config_loaded = True  # the Trainer wants adapters on a quantised model: the streams are some
     if config.peft == "lora":
         model = _with_lora(model, config.peft_rank)
     freeze_backbone(model, config.stage, lora=config.peft == "lora")
