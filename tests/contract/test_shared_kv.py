@@ -101,18 +101,37 @@ def test_cache_is_the_plain_models(case: Case, ids: Tensor, settings: str) -> No
 
 @torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "left-padded"])
-def test_prompt_needs_stream_0_alone(case: Case, ids: Tensor, padded: bool) -> None:
-    """Where the last logits are asked for, as `generate` does, the other streams run over the last token alone."""
-    model, rows = shared(case), []
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("settings", ["prefix+lora", "one prefix+lora", "lora", "all"])
+def test_prompt_needs_stream_0_alone(case: Case, ids: Tensor, settings: str, keep: int, padded: bool) -> None:
+    """Where the last logits are asked for, as `generate` does, the other streams run over the last tokens alone: behind
+    stream 0's prompt if they can, in a pass of their own otherwise."""
+    model, rows = shared(case, settings), []
     mask = torch.ones_like(ids)
     mask[0, : 3 * padded] = 0
-    expected = model(ids, attention_mask=mask).logits
-    hook = model.base_model.register_forward_hook(lambda _, args, output: rows.append(model.streams))
-    found = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=2)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=mask, position_ids=positions).logits
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and hasattr(module, "stream_state"):
+            hook = module.register_forward_pre_hook(
+                lambda _, args, kwargs: rows.append((args or tuple(kwargs.values()))[0].shape[:2].numel()),
+                with_kwargs=True,
+            )
+            break
+    found = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=keep)
     hook.remove()
-    assert rows == [1, P]
-    torch.testing.assert_close(found.logits, expected[:, -2:], rtol=0, atol=1e-5)
+    assert sum(rows) in {B * (T + P - 1), B * (T - keep) + P * B * keep}
+    assert max(rows) < P * B * T
+    torch.testing.assert_close(found.logits, expected[:, -keep:], rtol=0, atol=1e-5)
     assert found.past_key_values.get_seq_length() == T
+    assert model.streams == P
+    assert model.base_model.stream_state.tail == 0
+    longer = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    at = (longer.cumsum(-1) - 1).clamp(min=0)
+    cached: Any = {"attention_mask": longer, "past_key_values": found.past_key_values, "position_ids": at[:, -1:]}
+    after = model(ids[:, :1], **cached)
+    again = model(torch.cat([ids, ids[:, :1]], dim=1), attention_mask=longer, position_ids=at)
+    torch.testing.assert_close(after.logits, again.logits[:, -1:], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

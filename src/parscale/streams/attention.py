@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from parscale.config import StreamsConfig
 from parscale.streams import kv
 from parscale.streams.adaptive import HardTokens
-from parscale.streams.order import duplicate, expand_bank, split
+from parscale.streams.order import divide_tail, duplicate, expand_bank, join_tail, split
 
 TAG = "parscale|"
 SUPPORTED = ("eager", "sdpa", "flex_attention")
@@ -41,6 +41,8 @@ class StreamState:
         generator: makes the prefixes of each layer while it is there (`PrefixGenerator`); else they are the banks.
         merging: False lets the backbone return the P·B rows of its streams as they are, for a look at each stream.
         present: (p, B), which of the active streams count in which row of the batch; None if all do in all.
+        tail: while stream 0 reads a prompt: how many other streams run over its last token in the same pass, behind it
+            in the sequence.
         hard: when to run more than the active streams for a token; None if never.
         smoothing: ε now; training may start with another than the model's own.
         observer: called with the streams' final hidden states (p, B, T, d) and weights (p, B, T), before they merge.
@@ -53,6 +55,7 @@ class StreamState:
         self.generator: Callable[[int], tuple[Tensor, Tensor]] | None = None
         self.merging = True
         self.present: Tensor | None = None
+        self.tail = 0
         self.hard: HardTokens | None = None
         self.smoothing = config.smoothing
         self.observer: Callable[[Tensor, Tensor], None] | None = None
@@ -94,8 +97,10 @@ def attend(
     every query see the whole prefix. Returns what the inner one returns; attention weights have n more columns. Keys
     and values have P·B rows; or B, those of stream 0, when a cache has kept them alone.
     """
-    inner = inner_attention(module, implementation)
     state: Any = getattr(module, "stream_state", None)
+    if state is not None and state.tail:
+        return _attend_with_tail(module, query, key, value, attention_mask, *args, **kwargs), None
+    inner = inner_attention(module, implementation)
     sharing = state.active if state is not None and state.shares_kv else 0  # how many read stream 0's keys and values
     if sharing and key.shape[0] == query.shape[0]:  # no cache was there to drop the other streams' rows
         key, value = kv.of_first_stream(key, value, sharing)
@@ -132,6 +137,31 @@ def attend(
     if type(attention_mask) is Tensor:  # a BlockMask or causal_lower_right covers the prefix already
         attention_mask = _mask_with_prefix(attention_mask, n)
     return inner(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _attend_with_tail(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+) -> Float[Tensor, "b n h e"]:
+    """Stream 0's prompt as always, and the last token of the other streams behind it: each sees what the prompt's last
+    token sees, and a prefix of its own. Keys and values are the prompt's alone."""
+    state = module.stream_state
+    length, tail = query.shape[2] - state.tail, state.tail
+    prompt, last = divide_tail(query.transpose(1, 2), tail)  # (B, T, H, D), (tail·B, 1, H, D)
+    seen = key.shape[2] if mask is not None else length  # without a mask a static cache is longer than what it holds
+    mask = None if mask is None else mask[..., :length, :seen]
+    state.tail = 0
+    try:
+        out, _ = attend(module, prompt.transpose(1, 2), key, value, mask, *args, implementation="sdpa", **kwargs)
+    finally:
+        state.tail = tail
+    prefix = None
+    if getattr(module, "prefix_k", None) is not None:
+        others = slice(0, 1) if state.config.shared_prefix else slice(1, 1 + tail)
+        prefix = module.prefix_k[others].to(key.dtype), module.prefix_v[others].to(value.dtype)
+    of_last = None if mask is None else mask[..., -1:, :]
+    key, value = key[:, :, :seen], value[:, :, :seen]
+    behind = kv.decode(last.transpose(1, 2), key, value, prefix, of_last, kwargs.get("scaling"), tail)
+    return join_tail(out, behind)
 
 
 def flex_mask(

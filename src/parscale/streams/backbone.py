@@ -18,9 +18,10 @@ from parscale.streams.aggregate import AggregationHead, stream_weights
 from parscale.streams.attention import SUPPORTED, TAG, StreamState
 from parscale.streams.diversify import embedding, prefix, protocol
 from parscale.streams.diversify.prefix import PrefixGenerator
+from parscale.streams.diversify.projections import by_stream
 from parscale.streams.generation import StreamsGeneration
 from parscale.streams.merge import merge
-from parscale.streams.order import duplicate, duplicate_mask, duplicate_positions, split
+from parscale.streams.order import divide_tail, duplicate, duplicate_mask, duplicate_positions, split
 from parscale.streams.tensors import belongs_to_streams, check_readable, refuse, stream_tensors
 
 
@@ -80,7 +81,8 @@ class StreamsBackbone(_CarriesPrefix):
         p = own.stop - own.start
         if settings.has_embedding:
             embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            input_ids, inputs_embeds = None, embedding.add(duplicate(embeds, p), self.stream_embedding[own], p)
+            rows = (duplicate(embeds, p),)
+            input_ids, inputs_embeds = None, by_stream(embedding.add, self.stream_state, rows, (self.stream_embedding,))
         elif p > 1:
             input_ids = None if input_ids is None else duplicate(input_ids, p)
             inputs_embeds = None if inputs_embeds is None else duplicate(inputs_embeds, p)
@@ -99,23 +101,30 @@ class StreamsBackbone(_CarriesPrefix):
             return_dict=True,
             **kwargs,
         )
-        if self.stream_state.active > 1 and self.stream_state.merging:
+        if tail := self.stream_state.tail:
+            prompt, last = divide_tail(output.last_hidden_state, tail)
+            output.last_hidden_state = self._merge(torch.cat([prompt[None, :, -1:], split(last, tail)]))
+        elif self.stream_state.active > 1 and self.stream_state.merging:
             hidden = split(output.last_hidden_state, p)
             if self.stream_state.group is not None:
                 hidden = self.stream_state.group.gather(hidden)
-            present = self.stream_state.present
-            if present is not None:  # beam search has several rows for each of the batch
-                present = present.repeat_interleave(hidden.shape[1] // present.shape[1], dim=1)
-            weights = stream_weights(hidden, self.aggregate_layer, self.stream_state.smoothing, present)
-            if self.stream_state.observer is not None:
-                self.stream_state.observer(hidden, weights)
-            output.last_hidden_state = merge(hidden, weights)
+            output.last_hidden_state = self._merge(hidden)
             if output.get("router_logits") is not None:
                 # The load-balancing loss reads each entry as one layer's B·T tokens: P entries a layer keep it exact.
                 output["router_logits"] = tuple(c for r in output["router_logits"] for c in r.chunk(p))
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
+
+    def _merge(self, hidden: Tensor) -> Tensor:
+        state = self.stream_state
+        present = state.present
+        if present is not None:  # beam search has several rows for each of the batch
+            present = present.repeat_interleave(hidden.shape[1] // present.shape[1], dim=1)
+        weights = stream_weights(hidden, self.aggregate_layer, state.smoothing, present)
+        if state.observer is not None:
+            state.observer(hidden, weights)
+        return merge(hidden, weights)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

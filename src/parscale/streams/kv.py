@@ -5,11 +5,13 @@ values from stream 0's alone, and the KV cache holds B rows: to an engine it is 
 query heads. A prompt needs stream 0 alone, for what the others compute there is read by nobody.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, DynamicCache
 
@@ -28,15 +30,18 @@ class FirstStreamCache:
     Modules call nothing but `update`.
     """
 
-    def __init__(self, inner: Cache, streams: int) -> None:
+    def __init__(self, inner: Cache, streams: int, tail: int) -> None:
         self.inner = inner
         self.streams = streams
+        self.tail = tail
 
     def update(
         self, key_states: Float[Tensor, "pb h t d"], value_states: Float[Tensor, "pb h t e"], *args: Any, **kwargs: Any
     ) -> tuple[Float[Tensor, "b h s d"], Float[Tensor, "b h s e"]]:
         """Write this step's keys and values of stream 0; return all that the batch attends to."""
-        return self.inner.update(*of_first_stream(key_states, value_states, self.streams), *args, **kwargs)
+        key, value = of_first_stream(key_states, value_states, self.streams)
+        tokens = key.shape[2] - self.tail
+        return self.inner.update(key[:, :, :tokens], value[:, :, :tokens], *args, **kwargs)
 
 
 def of_first_stream(key: Tensor, value: Tensor, streams: int) -> tuple[Tensor, Tensor]:
@@ -65,6 +70,7 @@ def attach(model: Any, attention: list[str]) -> None:
     backbone = model.base_model
     hooks: list[Any] = [
         model.register_forward_pre_hook(prompt_by_first_stream, with_kwargs=True),
+        model.register_forward_hook(end_of_pass, always_call=True),
         model.register_forward_hook(run_hard_rows, with_kwargs=True),
     ]
     for name in attention:
@@ -145,6 +151,10 @@ def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, 
     if isinstance(mask, dict) and None in mask.values():
         mask = None  # transformers leaves out what is causal anyway, for all tokens together: not so for the last ones
     cache = DynamicCache(config=model.config) if cache is None else cache
+    in_one_pass = keep == 1 and state.active > 1 and name == "input_ids" and (positions is not None or mask is None)
+    if in_one_pass and _keeps_order(model, cache):
+        state.active, state.tail = 1, state.active - 1
+        return args, kwargs | _with_tail(inputs, mask, positions, cache, state.tail)
     before, last = slice(None, -keep), slice(-keep, None)
     with model._running(1):
         model.base_model(
@@ -161,6 +171,36 @@ def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, 
         "past_key_values": cache,
     }
     return args, kwargs | divided
+
+
+def end_of_pass(model: Any, args: tuple[Any, ...], output: Any) -> None:
+    """After the causal LM ran a prompt with the other streams' last token behind it, or failed to."""
+    state = model.base_model.stream_state
+    if state.tail:
+        state.active, state.tail = 1 + state.tail, 0
+
+
+def _with_tail(ids: Int[Tensor, "b t"], mask: Any, positions: Tensor | None, cache: Cache, tail: int) -> dict[str, Any]:
+    """Stream 0's prompt with the last token once more for each other stream, at the same position: one pass instead of
+    two. A mask (B, S) counts the tokens behind the prompt as well; of one (B, 1, T, S) their row is the last."""
+    if positions is None:
+        past = cache.get_seq_length()
+        positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        mask = F.pad(mask, (0, tail), value=1)
+    return {
+        "input_ids": torch.cat([ids, ids[:, -1:].expand(-1, tail)], dim=1),
+        "attention_mask": mask,
+        "position_ids": torch.cat([positions, positions[..., -1:].expand(*positions.shape[:-1], tail)], dim=-1),
+        "past_key_values": cache,
+    }
+
+
+def _keeps_order(model: Any, cache: Cache) -> bool:
+    """Whether tokens that never enter the cache may stand behind the prompt: windows would count them, and only sdpa
+    without a soft cap is what `decode` computes."""
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    return model.config._attn_implementation.endswith("|sdpa") and not capped and not any(cache.is_sliding)
 
 
 _DIVIDED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")
@@ -190,9 +230,10 @@ def _rows_of_mask(mask: Any, queries: slice, cut: bool) -> Any:
 
 def _write_first_stream(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state = module.stream_state
-    if not state.shares_kv:
+    if not (state.shares_kv or state.tail):
         return None
-    return args, {k: FirstStreamCache(x, state.active) if isinstance(x, Cache) else x for k, x in kwargs.items()}
+    wrap = partial(FirstStreamCache, streams=state.active, tail=state.tail)
+    return args, {k: wrap(x) if isinstance(x, Cache) else x for k, x in kwargs.items()}
 
 
 def _take_first_stream(module: Any, args: tuple[Tensor, ...]) -> Any:

@@ -35,6 +35,18 @@ def first_stream(x: Float[Tensor, "pb ..."], streams: int) -> Float[Tensor, "b .
     return x[: x.shape[0] // streams]
 
 
+def divide_tail(x: Float[Tensor, "b n ..."], tail: int) -> tuple[Tensor, Tensor]:
+    """A prompt of stream 0 with the last token of `tail` other streams behind it, (B, T + tail, …), in its two parts:
+    the prompt (B, T, …), and one token of each other stream, stream-major (tail·B, 1, …)."""
+    prompt, last = x[:, : x.shape[1] - tail], x[:, x.shape[1] - tail :]
+    return prompt, last.transpose(0, 1).flatten(0, 1)[:, None]
+
+
+def join_tail(prompt: Float[Tensor, "b t ..."], last: Float[Tensor, "kb 1 ..."]) -> Float[Tensor, "b n ..."]:
+    """Undo `divide_tail`."""
+    return torch.cat([prompt, last.squeeze(1).unflatten(0, (-1, prompt.shape[0])).transpose(0, 1)], dim=1)
+
+
 def reorder(index: Int[Tensor, " b"], streams: int) -> Int[Tensor, " pb"]:
     """Row indices for a cache of P·B rows, from indices into the batch (beam search): (B,) → (P·B,)."""
     batch = index.numel()

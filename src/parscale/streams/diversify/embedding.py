@@ -15,10 +15,9 @@ from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import split
 
 
-def add(embeddings: Float[Tensor, "pb t d"], vectors: Float[Tensor, "p d"], active: int) -> Float[Tensor, "pb t d"]:
-    """Add each active stream's vector to the embeddings of its rows."""
-    chosen = vectors[:active, None, None].to(embeddings.dtype)  # (p, 1, 1, d)
-    return (split(embeddings, active) + chosen).flatten(0, 1)
+def add(embeddings: Float[Tensor, "pb t d"], vectors: Float[Tensor, "p d"]) -> Float[Tensor, "pb t d"]:
+    """Add each stream's vector to the embeddings of its rows."""
+    return (split(embeddings, len(vectors)) + vectors[:, None, None].to(embeddings.dtype)).flatten(0, 1)
 
 
 def check(model: Any, calibration: Calibration) -> None:

@@ -74,8 +74,8 @@ def _start(module: Any) -> None:
 
 
 def _use_update(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    own = module.stream_state.own
-    return add_update(output, args[0], module.stream_lora_a[own], module.stream_lora_b[own])
+    banks = module.stream_lora_a, module.stream_lora_b
+    return projections.by_stream(add_update, module.stream_state, (output, args[0]), banks)
 
 
 def _by_stream(x: Float[Tensor, "pb ... d"], streams: int) -> Float[Tensor, "p n d"]:

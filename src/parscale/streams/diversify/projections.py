@@ -5,16 +5,19 @@ module inside a decoder layer, as wide at its input as the hidden state, that ne
 (its rows would be the tokens routed to it, in no order of streams), nor projects back into the hidden state.
 """
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
+from parscale.streams.attention import StreamState
 from parscale.streams.kv import KEYS_AND_VALUES
+from parscale.streams.order import divide_tail, join_tail
 
 _BACK_TO_HIDDEN = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "wo", "w2", "fc2", "fc_out")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -45,6 +48,18 @@ def find(model: Any) -> dict[str, Any]:
 def streams_at(name: str, config: StreamsConfig) -> int:
     """How many streams use the projection of this name: with shared keys and values, stream 0 alone makes them."""
     return 1 if config.kv == "shared" and name.rpartition(".")[2] in KEYS_AND_VALUES else config.streams
+
+
+def by_stream(
+    function: Callable[..., Tensor], state: StreamState, rows: tuple[Tensor, ...], banks: tuple[Tensor, ...]
+) -> Tensor:
+    """function(*rows, *banks) with the entries of the streams that the rows, (P·B, …), are of. Where the last token of
+    other streams stands behind stream 0's prompt, each part gets its own."""
+    if not state.tail or len(banks[0]) == 1:
+        return function(*rows, *(bank[state.own] for bank in banks))
+    prompts, last = zip(*(divide_tail(x, state.tail) for x in rows), strict=True)
+    others = slice(1, 1 + state.tail)
+    return join_tail(function(*prompts, *(b[:1] for b in banks)), function(*last, *(b[others] for b in banks)))
 
 
 def sizes(projection: Any) -> tuple[int, int]:

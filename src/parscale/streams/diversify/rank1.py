@@ -76,8 +76,8 @@ def _start(module: Any, spread: float) -> None:
 
 def _scale_input(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, *others = args
-    return scale(x, module.stream_scale_in[module.stream_state.own]), *others
+    return projections.by_stream(scale, module.stream_state, (x,), (module.stream_scale_in,)), *others
 
 
 def _scale_output(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return scale(output, module.stream_scale_out[module.stream_state.own])
+    return projections.by_stream(scale, module.stream_state, (output,), (module.stream_scale_out,))
