@@ -209,17 +209,20 @@ def cost(
     batch: tuple[int, ...] = (1,),
     in_tokens: Annotated[int, tyro.conf.arg(name="in")] = 64,
     out_tokens: Annotated[int, tyro.conf.arg(name="out")] = 64,
-    hardware: str = "a100-80g",
+    hardware: str | None = None,
     dtype: Literal["fp32", "bf16", "fp16", "int8", "int4"] = "bf16",
     kv: Literal["own", "shared"] = "own",
-    accounting: Literal["released", "counted"] = "released",
+    accounting: Literal["released", "counted"] | None = None,
     prefix_tokens: int = 48,
     flops_efficiency: float = 0.7,
     bandwidth_efficiency: float = 0.9,
+    measure: bool = False,
+    repeats: int = 5,
+    layers: int | None = None,
     json: bool = False,
 ) -> None:
     """Memory and latency of a request, derived by roofline: weights, KV cache, activations, aggregation head; prefill
-    and decode. docs/cost.md states every formula.
+    and decode. Or measured here, beside the derived. docs/cost.md states every formula.
 
     Args:
         model: a size of the paper (0.5B, 0.7B, 1.1B, 1.6B, 2.8B, 4.4B), a config.json, a folder, or a hub name.
@@ -227,17 +230,25 @@ def cost(
         batch: requests at once.
         in_tokens: prompt tokens.
         out_tokens: tokens generated.
-        hardware: a100-80g, h100, h200, rtx4090, l4, m3-max, cpu, or a JSON file with flops, bandwidth, memory.
+        hardware: a100-80g, h100, h200, rtx4090, l4, m3-max, cpu, or a JSON file with flops, bandwidth, memory; by
+            default a100-80g, and with --measure this machine.
         dtype: of the weights; int8 and int4 compute in 16 bits.
         kv: every stream has its own keys and values, or one stream's are shared by all.
-        accounting: released reproduces the paper's analysis; counted is what this library's forward does.
+        accounting: released reproduces the paper's analysis, the default; counted is what this library's forward does,
+            the default with --measure.
         prefix_tokens: of every stream when there are several.
         flops_efficiency: share of the peak FLOP/s that is reached.
         bandwidth_efficiency: share of the peak bandwidth that is reached.
+        measure: run random weights of this shape here, and measure the machine's floors in the same run.
+        repeats: with --measure, rounds that every case is run in.
+        layers: with --measure, build so many layers only; measured and derived are then both of those.
         json: print JSON: params, streams, batch, in, out, memory_gib, latency_s, and the parts of both.
     """
     from parscale.cost.model import Workload
-    from parscale.cost.report import report_costs
+    from parscale.cost.report import report_costs, report_measured
+
+    if layers is not None and not measure:
+        raise InputError(f"layers is {layers} without --measure: derived costs are those of the whole model")
 
     workload = Workload(
         input=in_tokens,
@@ -245,11 +256,14 @@ def cost(
         prefix_tokens=prefix_tokens,
         dtype=dtype,
         kv=kv,
-        accounting=accounting,
+        accounting=accounting or ("counted" if measure else "released"),
         flops_efficiency=flops_efficiency,
         bandwidth_efficiency=bandwidth_efficiency,
     )
-    report_costs(model, streams, batch, workload, hardware, json)
+    if measure:
+        report_measured(model, streams, batch, workload, hardware, json, repeats, layers)
+    else:
+        report_costs(model, streams, batch, workload, hardware or "a100-80g", json)
 
 
 def plan(

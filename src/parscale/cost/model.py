@@ -142,8 +142,16 @@ def cost_table(
 ) -> list[dict[str, Any]]:
     """`cost` for every pair of streams and batch, in that order; the rest is as `workload` says."""
     shape, machine = shape_of(model), hardware_of(hardware)
-    batches = list(batches)
-    return [cost(shape, replace(workload, streams=p, batch=b), machine) for p in streams for b in batches]
+    return [cost(shape, work, machine) for work in workloads(workload, streams, batches)]
+
+
+def workloads(workload: Workload, streams: Iterable[int], batches: Iterable[int]) -> list[Workload]:
+    """`workload` at every pair of streams and batch, in that order."""
+    chosen = {"streams": list(streams), "batch": list(batches)}
+    for name, values in chosen.items():
+        if not values:
+            raise InputError(f"{name} is empty: one or more integers of at least 1 are needed")
+    return [replace(workload, streams=p, batch=b) for p in chosen["streams"] for b in chosen["batch"]]
 
 
 def shape_of(model: str | Path | Shape) -> Shape:
