@@ -1,0 +1,203 @@
+"""OpenAI's HTTP interface over an `Engine`: the routes, who may ask, and every way in which a request is refused.
+
+transformers' own server (`transformers serve`) is not built upon: it loads whatever model a request names, and its
+continuous batching samples every request as the first one asked. Its batching manager is (engine.py).
+"""
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from parscale.serve.answer import Answer
+from parscale.serve.engine import Engine, EngineDead
+from parscale.serve.metrics import Metrics
+from parscale.serve.prompt import new_tokens, prompts_of, samplings_of
+from parscale.serve.schema import ChatRequest, CompletionOptions, Refusal, TextRequest, read_request
+from parscale.serve.wire import ChatWire, TextWire, Wire, error_object
+
+Value = TypeVar("Value")
+
+
+def build_app(
+    engine: Engine, name: str, api_key: str | None = None, ready: Callable[[], None] = lambda: None
+) -> Callable[..., Awaitable[None]]:
+    """The ASGI app.
+
+    Args:
+        engine: open, at least for the p of requests that name none.
+        name: of the model; a request that names another gets 404.
+        api_key: what clients must send as `Authorization: Bearer ...`, on every route but /health.
+        ready: called once requests can be answered.
+    """
+    server = _Server(engine, name)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        ready()
+        yield
+
+    async def authorized(request: Request) -> None:
+        sent = request.headers.get("authorization", "").encode("latin-1")
+        if api_key is not None and not hmac.compare_digest(sent, f"Bearer {api_key}".encode()):
+            raise Refusal(401, "the API key is missing or wrong", code="invalid_api_key")
+
+    # FastAPI's own pages about the interface would load scripts from elsewhere.
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    guarded = APIRouter(dependencies=[Depends(authorized)])
+    app.get("/health")(server.health)
+    guarded.get("/metrics")(server.metrics_text)
+    guarded.get("/v1/models")(server.models)
+    guarded.get("/v1/models/{model:path}")(server.one_model)
+    guarded.post("/v1/chat/completions")(server.chat)
+    guarded.post("/v1/completions")(server.completions)
+    app.include_router(guarded)
+    for kind in (Refusal, HTTPException, EngineDead, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _refused)
+    return server.metrics.counting(app)
+
+
+class _Server:
+    """The routes."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine, self.name = engine, name
+        self.metrics = Metrics(engine)
+        self.model = {
+            "id": name, "object": "model", "created": int(time.time()), "owned_by": "parscale",
+            "streams": engine.trained, "max_model_len": engine.context,
+        }  # fmt: skip
+
+    async def health(self) -> Response:
+        alive = self.engine.alive
+        return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, status_code=200 if alive else 503)
+
+    async def metrics_text(self) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self) -> Response:
+        return JSONResponse({"object": "list", "data": [self.model]})
+
+    async def one_model(self, model: str) -> Response:
+        self._check_name(model)
+        return JSONResponse(self.model)
+
+    async def chat(self, request: Request) -> Response:
+        return await self._complete(request, ChatRequest, ChatWire)
+
+    async def completions(self, request: Request) -> Response:
+        return await self._complete(request, TextRequest, TextWire)
+
+    async def _complete(self, request: Request, kind: type[CompletionOptions], wire: type[Wire]) -> Response:
+        asked = read_request(kind, await _body(request, self.engine.limits.max_body_bytes))
+        if asked.model:
+            self._check_name(asked.model)
+        streams = asked.streams or self.engine.streams
+        if streams > self.engine.trained:
+            raise Refusal(400, f"streams={streams}: this model has {self.engine.trained}", field="streams")
+        self._check_places(asked.n)
+        prompts = await asyncio.to_thread(prompts_of, asked, self.engine)
+        prompts = [prompt for prompt in prompts for _ in range(asked.n)]
+        await self.engine.manager(streams)
+        self._check_places(len(prompts))
+        # From here to the answer's `close` nothing may be awaited outside of the `try` that closes it.
+        answer = Answer(
+            self.engine,
+            prompts,
+            streams=streams,
+            new_tokens=new_tokens(asked, prompts, self.engine),
+            samplings=samplings_of(asked, len(prompts)),
+            stops=asked.stops,
+            each_token=asked.stream,
+        )
+        told = wire(self.name, answer)
+        if asked.stream:
+            return _Events(told.events(asked.stream_options.include_usage), lambda: self._end(answer))
+        try:
+            return JSONResponse(told.whole(await _unless_gone(request, answer.whole())))
+        finally:
+            self._end(answer)
+
+    def _end(self, answer: Answer) -> None:
+        answer.close()
+        self.metrics.answered(answer)
+
+    def _check_name(self, name: str) -> None:
+        if name != self.name:
+            raise Refusal(404, f"the model {name!r} is not served here", field="model", code="model_not_found")
+
+    def _check_places(self, wanted: int) -> None:
+        places = self.engine.limits.max_requests
+        if wanted > places:
+            raise Refusal(400, f"{wanted} answers in one request; at most {places} are made at once", field="n")
+        if self.engine.running + wanted > places:
+            raise Refusal(429, f"{places} answers are being made, try again later", code="rate_limit_exceeded")
+
+
+class _Events(StreamingResponse):
+    """Server-sent events. `end` is called also when the client leaves before the first one is made."""
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self.end = end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.end()
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    # Any page in a browser may send text/plain to this machine; application/json it may send only where it is allowed.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(415, "the Content-Type must be application/json")
+    size, parts = 0, []
+    async for part in request.stream():
+        size += len(part)
+        if size <= limit:
+            parts.append(part)
+        elif size > 16 * limit:  # up to there it is heard, because most clients listen only when they have spoken
+            break
+    if size > limit:
+        raise Refusal(413, f"the body is larger than {limit} bytes")
+    return b"".join(parts)
+
+
+async def _unless_gone(request: Request, work: Awaitable[Value]) -> Value:
+    """What `work` gives; it is cancelled when the client leaves before."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    if isinstance(error, Refusal):
+        status, told = error.status, error_object(error.message, error.status, error.field, error.code)
+    elif isinstance(error, HTTPException):
+        status, told = error.status_code, error_object(str(error.detail), error.status_code)
+    elif isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
+    elif isinstance(error, EngineDead):
+        status, told = 503, error_object(str(error), 503)
+    else:
+        status, told = 500, error_object("the server failed; its log says why", 500)
+    return JSONResponse({"error": told}, status_code=status, headers={"retry-after": "1"} if status == 429 else None)

@@ -1,0 +1,92 @@
+"""`parscale serve`: a model loaded, a socket bound, and uvicorn run until it is told to stop.
+
+On SIGTERM or Ctrl-C uvicorn takes no new connection and waits until the answers under way are finished.
+"""
+
+import os
+import signal
+import socket
+import sys
+from typing import Literal
+
+import torch
+
+from parscale.errors import InputError
+from parscale.load import load_model, load_tokenizer
+from parscale.serve.engine import Engine
+from parscale.serve.limits import Limits
+
+KEY = "PARSCALE_API_KEY"
+"""The environment variable that holds the API key. A key on the command line is seen by everyone on the machine."""
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    streams: int | None = None,
+    api_key: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+) -> None:
+    """Serve a model under OpenAI's interface; returns when the server has been stopped.
+
+    Args:
+        model: a folder or a hub name, with or without streams; safetensors only, no remote code.
+        host: the address to listen on.
+        port: 0 takes a free one. The first line printed tells it.
+        streams: p of requests that name none; by default all.
+        api_key: by default what the environment variable PARSCALE_API_KEY holds; without any, everyone may ask.
+        dtype: of the weights; auto is the checkpoint's.
+        limits: see `Limits`.
+
+    Raises:
+        InputError: the extra `serve` is not installed, the address is taken, or the model cannot be served.
+    """
+    try:
+        import uvicorn
+
+        from parscale.serve.openai import build_app
+    except ImportError as error:
+        raise InputError(f"serving needs packages: pip install 'parscale[serve]' ({error})") from None
+    api_key = api_key or os.environ.get(KEY) or None
+    with _listen(host, port) as listening:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded, tokenizer = load_model(model, dtype=dtype).to(device), load_tokenizer(model)
+        if len(tokenizer) > loaded.get_input_embeddings().num_embeddings:
+            raise InputError(f"model {model!r}: its tokenizer has more tokens than the model has embeddings")
+        engine = Engine(loaded, tokenizer, limits, streams)
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listening.getsockname()[1]}"
+
+        def ready() -> None:
+            print(
+                f"parscale: serving {model} with streams={engine.streams} of {engine.trained} at {address}/v1",
+                flush=True,
+            )
+            if host not in LOCAL and api_key is None:
+                print(f"parscale: {host} can be reached by others, and {KEY} is not set", file=sys.stderr, flush=True)
+
+        try:
+            engine.open(engine.streams)
+            app = build_app(engine, model, api_key, ready)
+            config = uvicorn.Config(app, log_level="warning", access_log=False)
+            # uvicorn raises the signal anew when it has stopped: then it must not kill what is left to do.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            engine.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 2**16:
+        raise InputError(f"port={port} is not accepted; give 0 to 65535")
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except OSError as error:
+        raise InputError(f"host={host!r}, port={port}: cannot listen there ({error})") from None
