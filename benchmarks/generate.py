@@ -175,7 +175,12 @@ def main() -> None:
     arguments.add_argument("--weights", nargs="*", default=["bfloat16", "float32", "int8", "int4"])
     arguments.add_argument("--name", default="generate")
     options = arguments.parse_args()
-    settings, rows = vars(options), []
+    places = {options.released: "CHECKOUT", options.released_python: "PYTHON"}  # of this machine: nobody else's
+    sys.argv = [places.get(argument, argument) for argument in sys.argv]
+    settings = {
+        name: places.get(value, value) if isinstance(value, str) else value for name, value in vars(options).items()
+    }
+    rows: list[dict[str, Any]] = []
     for weights in options.weights:
         with Codes(options, weights) as codes:
             bandwidth = codes.library.run(None, "bandwidth")["result"]
