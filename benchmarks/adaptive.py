@@ -32,7 +32,8 @@ def main() -> None:
     ids = torch.as_tensor(text.validation[: options.sequences]["input_ids"])
     rows = []
     for row in adaptive_losses(model, ids):
-        rows.append({k: round(v, 4) for k, v in asdict(row).items()} | {"passes": round(1 + row.share * model.streams, 3)})
+        passes = round(1 + row.share * model.streams, 3)
+        rows.append({k: round(v, 4) for k, v in asdict(row).items()} | {"passes": passes})
         print(rows[-1])
     print(write(options.name, vars(options) | {"streams": model.streams}, rows))
 
