@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from parscale.errors import InputError
+from parscale.experiments import verbs
 from parscale.serve.limits import Limits
 
 Model = Annotated[str, tyro.conf.Positional]
@@ -384,6 +385,10 @@ VERBS: dict[str, Callable[..., Any]] = {
     "plan": plan,
     "export": export,
     "serve": serve,
+    "experiment": verbs.experiment,
+    "report": verbs.report,
+    "eval": verbs.evaluate,
+    "pilot": verbs.pilot,
 }
 
 
@@ -395,11 +400,12 @@ def _train_verb(argv: list[str]) -> Callable[..., None]:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe", nargs="?")
     name = finder.parse_known_args(argv)[0].recipe if argv[:1] == ["train"] else None
-    defaults: Any = tyro.MISSING
+    settings: dict[str, Any] = {}
     if name is not None:
         from parscale.train.recipes import read_recipe
 
-        defaults = TrainConfig(**{"stage": tyro.MISSING, "output": tyro.MISSING} | read_recipe(name))
+        settings = read_recipe(name)
+    defaults = TrainConfig(**{"stage": tyro.MISSING, "output": tyro.MISSING} | settings)
 
     def train(
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = defaults,

@@ -108,6 +108,8 @@ def test_without_a_recipe_stage_and_output_are_required(asked, capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["train", "--recipe", "frozen"])
     assert asked == []
+    assert cli.main(["train", "retrofit", "--output", "o", "--streams", "2"]) == 0
+    assert asked == [TrainConfig("retrofit", Path("o"), streams=StreamsConfig(2))]
 
 
 def test_a_wrong_recipe_is_one_line_and_exit_code_2(recipe, asked, capsys) -> None:
