@@ -54,6 +54,23 @@ def test_its_error_in_float32_is_that_of_the_whole_loss() -> None:
     assert error(lambda h, w: chunked_cross_entropy(h, w, None, targets, 1, 7)) < 2 * naive + 1e-6
 
 
+def test_it_works_in_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_SLICE", 8)
+    hidden, weight, targets = *_inputs(bias=False, dtype=torch.float32), _targets()
+
+    def gradients(loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(loss, [hidden, weight])
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = chunked_cross_entropy(hidden, weight, None, targets, 17, 7)
+        expected = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum") / 17
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+    for ours, truth in zip(gradients(found), gradients(expected), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, truth, rtol=0.05, atol=0.02 * truth.abs().max().item())
+
+
 def test_a_frozen_head_gets_no_gradient() -> None:
     hidden, weight = _inputs(bias=False)
     weight.requires_grad_(False)

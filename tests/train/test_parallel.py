@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.train.parallel import check_stream_parallel
 from parscale.train.trainer import train
@@ -111,6 +112,23 @@ def test_a_split_that_does_not_come_out_even_is_refused(streams: int, size: int,
     model = small.with_streams(small.build(), streams=streams)
     with pytest.raises(InputError, match=f"stream_parallel={size} {named}"):
         check_stream_parallel(model, size, count)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "changes", "named"),
+    [
+        ("DEEPSPEED", {}, "save_every=3 under DeepSpeed"),
+        ("DEEPSPEED", {"save_every": None, "resume": True}, "resume=True under DeepSpeed"),
+        ("FSDP", {"peft": "lora"}, "peft='lora' under FSDP"),
+        ("FSDP", {"streams": StreamsConfig(2, prefix_init="reparameterized")}, "reparameterized"),
+    ],
+)
+def test_what_a_launcher_cannot_do_is_refused(launcher, changes, named, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{launcher}", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=named):
+        train(run_of(tmp_path / "out", tmp_path, **changes))
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_processes_than_streams_stop_before_the_first_step(base, corpus, tmp_path) -> None:

@@ -39,6 +39,7 @@ PREFIX, SCRATCH = "checkpoint-", ".checkpoint.partial"
 _RUN, _PROGRESS = "run.json", "progress.json"
 _MAY_CHANGE = (
     "output", "batch_size", "save_every", "keep", "resume", "max_skipped", "stream_parallel", "report_to", "cache_dir",
+    "control",
 )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ class FaultTolerance:
     optimizer: Any
     lr_scheduler: Any
     accelerator: Any
+    is_deepspeed_enabled: bool
 
     def __init__(self, *args: Any, checkpoints: Checkpoints, max_skipped: int = 10, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -66,7 +67,7 @@ class FaultTolerance:
         return torch.tensor(True) if finite is None else finite
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+        if self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)  # type: ignore[misc]
         self.accelerator.unscale_gradients()
         total = self._measure_gradients()
@@ -75,7 +76,7 @@ class FaultTolerance:
         return total
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if grad_norm is None and not self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+        if grad_norm is None and not self.is_deepspeed_enabled:
             return self._measure_gradients()
         return super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
 
@@ -170,6 +171,8 @@ class _Faults(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_save = False  # the model itself is saved next; and the Trainer would add a step to go on
+            return
+        if self.trainer.is_deepspeed_enabled:  # its state cannot be kept, so a run of it cannot be stopped to go on
             return
         if self.stop:
             self.trainer.stopped_by = "SIGTERM"

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 LOGITS_AT_ONCE = 2**25
 """Elements of the logits that exist at a time: 128 MiB in float32."""
 IGNORED = -100
+_SLICE = 8192  # rows of the LM head
 
 
 def chunked_cross_entropy(
@@ -144,12 +145,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 h = hidden[rows].to(dtype)
                 part, scores, scale = _loss_of_chunk(F.linear(h, table, offset), targets[rows], divisor)
                 loss += part
-                if grad_hidden is not None:
-                    grad_hidden[rows] = (scores.to(dtype) @ table) * scale
-                if grad_weight is not None:
-                    _add_product(grad_weight, scores.to(dtype), (h * scale).to(dtype))
                 if grad_bias is not None:
                     grad_bias += (scores.T @ scale)[:, 0]
+                scores = scores.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = (scores @ table) * scale
+                if grad_weight is not None:
+                    _add_product(grad_weight, scores, (h * scale).to(dtype))
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         return loss
 
@@ -177,8 +179,10 @@ def _loss_of_chunk(logits: Tensor, targets: Tensor, divisor: Any) -> tuple[Tenso
 
 
 def _add_product(into: Tensor, scores: Tensor, h: Tensor) -> None:
-    """into (V, d) += scoresᵀ (V, n) · h (n, d)."""
+    """into (V, d) += scoresᵀ (V, n) · h (n, d). In another dtype it is made in slices, to be cast and added."""
     if into.dtype == scores.dtype:
         into.addmm_(scores.T, h)
-    else:
-        into += scores.T @ h
+        return
+    for first in range(0, len(into), _SLICE):
+        rows = slice(first, first + _SLICE)
+        into[rows] += scores[:, rows].T @ h
