@@ -5,7 +5,7 @@
 GiB of one step with gradient checkpointing and the loss taken in chunks, for batch 1:
 
 - backbone: the layers' matrices in 4 bits with a 16-bit scale for 64 of them, the rest in 16 bits;
-- streams: prefixes, aggregation head and LoRA factors in 16 bits, and as much three times over for gradient and AdamW;
+- trained: prefixes, aggregation head and LoRA factors in 16 bits, and as much three times over for gradient and AdamW;
 - kept: the input of every layer for P streams, (P·B·T, d) in 16 bits, which checkpointing keeps;
 - layer: what one layer's backward pass holds when it is run again: about 8 d and 5 times the MLP's width a token;
 - logits: one chunk of 2^25 in 32 bits, with its softmax and its gradient.
@@ -53,7 +53,7 @@ def needs(shape: Shape, streams: int, tokens: int, prefix_tokens: int, lora_rank
     layer = streams * tokens * (8 * shape.hidden + 5 * shape.intermediate) * HALF
     parts = {
         "backbone": INT4 * matrices + HALF * rest,
-        "streams": 4 * HALF * trained,
+        "trained": 4 * HALF * trained,
         "kept": kept,
         "layer": layer,
         "logits": 3 * 4 * LOGITS_AT_ONCE,
