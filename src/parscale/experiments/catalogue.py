@@ -1,0 +1,37 @@
+"""All experiments, in the order of the report."""
+
+from parscale.errors import InputError
+from parscale.experiments.claim import Claim
+from parscale.experiments.claims import (
+    aggregation,
+    baseline,
+    data,
+    domains,
+    dynamic,
+    efficiency,
+    law,
+    many_streams,
+    moe,
+    prefix,
+    sft,
+    smoothing,
+    split,
+    theory,
+)
+
+MODULES = (
+    baseline, aggregation, efficiency, law, many_streams, data, split, moe, smoothing, domains, prefix, dynamic, sft,
+    theory,
+)  # fmt: skip
+CLAIMS: dict[str, Claim] = {module.CLAIM.name: module.CLAIM for module in MODULES}
+
+
+def claim_named(name: str) -> Claim:
+    """The experiment of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in CLAIMS:
+        raise InputError(f"experiment {name!r} is not known: give one of {', '.join(CLAIMS)}")
+    return CLAIMS[name]

@@ -1,0 +1,34 @@
+"""What an experiment is: one claim, what is expected of it, what to train at which scale, and what the rows say."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from parscale.experiments.runs import Run, Scale
+from parscale.experiments.verdicts import Verdict
+
+Measurements = Iterable[tuple[str, Callable[[], list[dict[str, Any]]]]]
+"""The key of each measurement, and the function that gives its rows."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the method, or an open question of the paper.
+
+    Attributes:
+        name: of the experiment on the command line.
+        sentence: the claim.
+        expected: what came before, or what theory says.
+        runs: what to train at a scale on the texts of these names.
+        verdict: what rows of one scale say.
+        corpora: how many texts it needs at least.
+        measurements: what to measure instead of training.
+    """
+
+    name: str
+    sentence: str
+    expected: str
+    runs: Callable[[Scale, Sequence[str]], list[Run]]
+    verdict: Callable[[Sequence[dict[str, Any]]], Verdict]
+    corpora: int = 1
+    measurements: Callable[[Scale], Measurements] | None = None

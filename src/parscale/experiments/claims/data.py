@@ -1,0 +1,67 @@
+"""Does the gain hold as the training tokens grow? (the paper's second open question)"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from parscale.experiments.claim import Claim
+from parscale.experiments.runs import Run, Scale
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names, paired
+
+FACTORS = (0.25, 0.5, 1.0, 2.0)
+
+
+def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
+    step = scale.batch_size * scale.block_size
+    found = []
+    for corpus in corpora:
+        for factor in FACTORS[1:] if scale.name == "smoke" else FACTORS:
+            tokens = max(2, round(factor * scale.tokens / step)) * step
+            streamed = [scale.run(f"P={p}, {factor:g} × tokens", corpus, scale.lora(p)) for p in scale.streams[:2]]
+            control = scale.run(f"control, {factor:g} × tokens", corpus, scale.lora(1))
+            found += [replace(r, tokens=tokens) for r in (control, *streamed)]
+    return [_against_its_control(run, found) for run in found]
+
+
+def verdict(rows: Sequence[Row]) -> Verdict:
+    """Supported where the gain at the most tokens is not below that at the fewest."""
+    table, outcomes, said, curves = [], [], [], {}
+    for corpus, of in by_corpus(rows).items():
+        for streams in dict.fromkeys(name.split(",")[0] for name in names(of) if name.startswith("P=")):
+            by_factor: dict[float, dict[int, float]] = {}
+            for name in (name for name in names(of) if name.startswith(streams + ",")):
+                control = name.replace(streams, "control", 1)
+                factor = float(name.split(", ")[1].split()[0])
+                ours, theirs = by_seed(of, name), by_seed(of, control)
+                by_factor[factor] = {
+                    s: theirs[s]["validation_loss"] - ours[s]["validation_loss"] for s in ours.keys() & theirs.keys()
+                }
+                gain = paired(of, name, control)
+                table.append({"text": corpus, "run": name, "gain over the control": str(gain)})
+                curves.setdefault(f"{corpus}, {streams}", []).append((float(np.log2(factor)), gain.mean))
+            least, most = by_factor[min(by_factor)], by_factor[max(by_factor)]
+            seeds = sorted(least.keys() & most.keys())
+            change = gain_of([least[s] for s in seeds], [most[s] for s in seeds])
+            outcomes.append(change.outcome)
+            said.append(f"{streams} on {corpus}: {change}")
+    reason = "Gain at the most tokens less that at the fewest: " + "; ".join(said) + "."
+    return Verdict(combine(outcomes), reason, table, curves, ("log2 of tokens", "gain over the control (nats)"))
+
+
+def _against_its_control(run: Run, runs: list[Run]) -> Run:
+    if run.streams.streams == 1:
+        return run
+    return replace(
+        run,
+        control=next(r for r in runs if r.streams.streams == 1 and (r.tokens, r.corpus) == (run.tokens, run.corpus)),
+    )
+
+
+CLAIM = Claim(
+    "data",
+    "The gain of P streams grows with the training tokens.",
+    "Open. The paper's two data sets have 42 B tokens each, and its 1 T run gains more on code and mathematics.",
+    runs,
+    verdict,
+)

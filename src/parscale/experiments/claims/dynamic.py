@@ -1,0 +1,63 @@
+"""Can one checkpoint be run at any p up to P?"""
+
+import statistics
+from collections.abc import Sequence
+
+from parscale.experiments.claim import Claim
+from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names
+from parscale.train.config import Balance
+
+MANY = 4
+
+
+def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
+    found = []
+    for corpus in corpora:
+        control = scale.run("control", corpus, scale.lora(1))
+        few = [scale.run(f"trained at P={p}", corpus, scale.lora(p)) for p in (2, MANY)]
+        any_p = scale.run("trained at random p", corpus, scale.lora(MANY), balance=Balance(fewer_streams=0.5))
+        found += against(control, [*few, any_p])
+    return found
+
+
+def verdict(rows: Sequence[Row]) -> Verdict:
+    """The claim holds where two of four streams are not worse than one stream trained alone."""
+    table, outcomes, said, curves = [], [], [], {}
+    for corpus, of in by_corpus(rows).items():
+        control = by_seed(of, "control")
+        for name in names(of):
+            seen = by_seed(of, name)
+            if name == "control":
+                continue
+            at = {p: [_at(row, p) for row in seen.values()] for p in next(iter(seen.values()))["measured"]["at"]}
+            table.append({"text": corpus, "checkpoint": name} | _filled({p: statistics.mean(v) for p, v in at.items()}))
+            curves[f"{corpus}, {name}"] = [(float(p), statistics.mean(values)) for p, values in at.items()]
+        for name in ("trained at P=4", "trained at random p"):
+            seen = by_seed(of, name)
+            seeds = sorted(seen.keys() & control.keys())
+            gain = gain_of([_at(seen[s], "2") for s in seeds], [control[s]["validation_loss"] for s in seeds])
+            outcomes.append(gain.outcome)
+            said.append(f"{name}, run at p=2, over one stream trained alone, on {corpus}: {gain}")
+    return Verdict(combine(outcomes), "; ".join(said) + ".", table, curves, ("p at inference", "loss (nats)"))
+
+
+def _at(row: Row, p: str) -> float:
+    """The loss with the first p streams, on the text of the row's validation loss: what p streams lose or gain is
+    measured on a part of it."""
+    measured = row["measured"]
+    return row["validation_loss"] + measured["at"][p] - measured["merged"]
+
+
+def _filled(losses: dict[str, float]) -> dict[str, float | None]:
+    return {f"p={p}": losses.get(str(p)) for p in (1, 2, MANY)}
+
+
+CLAIM = Claim(
+    "dynamic",
+    "One checkpoint trained with P streams is better than one stream when run with fewer than P.",
+    "The paper trains for one P at a time and switches prefixes between them; a checkpoint that was always trained "
+    "with all streams may not bear their absence, one trained at random p should.",
+    runs,
+    verdict,
+)

@@ -1,0 +1,85 @@
+"""Is loss a function of N and P as the paper's law has it?"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from parscale.errors import InputError
+from parscale.experiments.claim import Claim
+from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine
+from parscale.law.compare import compare
+from parscale.law.fit import bootstrap, fit
+
+
+def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
+    streams = (2, 4) if scale.name == "smoke" else (2, 4, 8)
+    found = []
+    for corpus in corpora:
+        for size in scale.sizes:
+            make = scale.prefix if scale.name == "paper" else scale.lora
+            control = scale.run(f"{size}, P=1", corpus, make(1), model=size)
+            streamed = [scale.run(f"{size}, P={p}", corpus, make(p), model=size) for p in streams]
+            found += against(control, streamed)
+    return found
+
+
+def verdict(rows: Sequence[Row]) -> Verdict:
+    """Supported where k's interval is above 0 and no rival form predicts runs that were left out better."""
+    table, outcomes, said, curves = [], [], [], {}
+    for corpus, of in by_corpus(rows).items():
+        runs = law_runs(of)
+        for run in runs:
+            curves.setdefault(f"{corpus}, P={run['streams']}", []).append((float(np.log10(run["params"])), run["loss"]))
+        try:
+            law = fit(runs)
+            intervals, comparison = bootstrap(law, 200), compare(runs)
+        except InputError as error:
+            said.append(f"{corpus}: {error}")
+            outcomes.append("undecided")
+            continue
+        best = "paper" in comparison.supported
+        low, high = intervals["k"]
+        few = len({row["seed"] for row in of}) < 3 or len(np.unique(law.runs.size)) < 5
+        outcomes.append("undecided" if few else "supported" if low > 0 and best else "not supported")
+        said.append(f"{corpus}: k = {law.k:.3f} [{low:.3f}, {high:.3f}], R² = {law.r2:.3f}. {comparison.verdict}")
+        for rival in comparison.rivals:
+            table.append(
+                {
+                    "text": corpus,
+                    "form": rival.law.form.name,
+                    "formula": rival.law.form.formula,
+                    "error on left-out runs": rival.by_run,
+                    "on left-out sizes": rival.by_size,
+                    "R²": rival.law.r2,
+                    "coefficients": ", ".join(f"{k} = {v:.4g}" for k, v in rival.law.coefficients.items()),
+                }
+            )
+    spent = (
+        f" {sum(row['tokens'] for row in rows) / 1e6:.0f} M tokens in {sum(r['seconds'] for r in rows) / 3600:.1f} h."
+    )
+    return Verdict(combine(outcomes), " ".join(said) + spent, table, curves, ("log10 N", "loss (nats)"))
+
+
+def law_runs(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows as `parscale.law.fit` takes them. N has the streams' parameters in it, as the paper's has."""
+    return [
+        {
+            "params": row["params"],
+            "streams": row["streams"],
+            "loss": row["validation_loss"],
+            "seed": row["seed"],
+            "size": row["name"].split(",")[0],
+        }
+        for row in sorted(rows, key=lambda row: row["params"])
+    ]
+
+
+CLAIM = Claim(
+    "law",
+    "Loss follows L(N, P) = E + (A / (N·(k·ln P + 1)))^α: P streams are worth k·ln P + 1 times the parameters.",
+    "k = 0.39 on code and 0.33 on the Pile (paper, table 3), at 0.5 to 4.4 B parameters. Nothing is known below.",
+    runs,
+    verdict,
+)

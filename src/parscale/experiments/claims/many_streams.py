@@ -1,0 +1,45 @@
+"""Beyond 8 streams: does the gain go on, level off, or turn? (the paper's first open question)"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from parscale.experiments.claim import Claim
+from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, gain_points, names, over_control, paired
+
+COUNTS = (2, 4, 8, 16, 32)
+
+
+def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
+    counts = (2, 4, 8) if scale.name == "smoke" else COUNTS
+    found = []
+    for corpus in corpora:
+        streamed = [scale.run(f"P={p}", corpus, scale.lora(p)) for p in counts]
+        found += against(scale.run("control", corpus, scale.lora(1)), streamed)
+    return found
+
+
+def verdict(rows: Sequence[Row]) -> Verdict:
+    outcomes, said = [], []
+    for corpus, of in by_corpus(rows).items():
+        counts = sorted(int(name[2:]) for name in names(of) if name.startswith("P="))
+        for fewer, more in pairwise(counts):
+            step = paired(of, f"P={more}", f"P={fewer}")
+            said.append(f"{fewer} → {more} on {corpus}: {step}")
+            if fewer >= 8:
+                outcomes.append(step.outcome)
+    reason = "Gain of each doubling: " + "; ".join(said) + "."
+    places = {name: ("prefix+lora", float(name[2:])) for name in names(rows) if name.startswith("P=")}
+    outcome = combine(outcomes) if outcomes else "undecided"
+    return Verdict(
+        outcome, reason, over_control(rows), gain_points(rows, places), ("P", "gain over the control (nats)")
+    )
+
+
+CLAIM = Claim(
+    "many-streams",
+    "The gain goes on beyond P = 8: 16 streams beat 8, and 32 beat 16.",
+    "Open. A logarithm would give every doubling the same gain; each stream here has a LoRA of its own as well.",
+    runs,
+    verdict,
+)

@@ -1,0 +1,54 @@
+"""Do streams gain on a sparse model as on a dense one? (the paper's fourth open question)"""
+
+from collections.abc import Sequence
+
+from parscale.experiments.claim import Claim
+from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, paired
+
+SHAPE = {"smoke": "2x32x2", "cpu": "2x32x2", "gpu": "6x256x4"}
+EXPERTS = 8
+
+
+def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
+    """None at the paper's scale: it has no sparse models."""
+    if scale.name not in SHAPE:
+        return []
+    found = []
+    for corpus in corpora:
+        for kind, model in (("dense", SHAPE[scale.name]), ("sparse", f"{SHAPE[scale.name]}e{EXPERTS}")):
+            control = scale.run(f"{kind}, control", corpus, scale.prefix(1), model=model)
+            streamed = [scale.run(f"{kind}, P={p}", corpus, scale.prefix(p), model=model) for p in scale.streams[:2]]
+            found += against(control, streamed)
+    return found
+
+
+def verdict(rows: Sequence[Row]) -> Verdict:
+    """Supported where both gain; how their gains differ is told beside it."""
+    table, outcomes, said = [], [], []
+    for corpus, of in by_corpus(rows).items():
+        most = max(row["streams"] for row in of)
+        by_kind = {}
+        for kind in ("dense", "sparse"):
+            for p in sorted({row["streams"] for row in of} - {1}):
+                gain = paired(of, f"{kind}, P={p}", f"{kind}, control")
+                table.append({"text": corpus, "run": f"{kind}, P={p}", "gain over its control": str(gain)})
+            ours, control = by_seed(of, f"{kind}, P={most}"), by_seed(of, f"{kind}, control")
+            by_kind[kind] = {
+                s: control[s]["validation_loss"] - ours[s]["validation_loss"] for s in ours.keys() & control.keys()
+            }
+            said.append(f"{kind}, P={most} on {corpus}: {paired(of, f'{kind}, P={most}', f'{kind}, control')}")
+            outcomes.append(paired(of, f"{kind}, P={most}", f"{kind}, control").outcome)
+        seeds = sorted(by_kind["dense"].keys() & by_kind["sparse"].keys())
+        more = gain_of([by_kind["dense"][s] for s in seeds], [by_kind["sparse"][s] for s in seeds])
+        said.append(f"sparse over dense: {more}")
+    return Verdict(combine(outcomes), "; ".join(said) + ".", table)
+
+
+CLAIM = Claim(
+    "moe",
+    "Streams gain on a mixture of experts as they do on a dense model of as many active parameters.",
+    "Open. Experts add parameters without compute and streams add compute without parameters, so the gains may add up.",
+    runs,
+    verdict,
+)

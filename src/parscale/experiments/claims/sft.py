@@ -1,0 +1,47 @@
+"""Instruction tuning with streams against without, on the same answers."""
+
+from collections.abc import Sequence
+
+from parscale.experiments.claim import Claim
+from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, names, over_control, paired
+
+
+def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
+    """The first text makes the base; the others are JSON lines of prompt and completion, or of messages."""
+    if scale.name == "paper":
+        return []
+    home, *chats = corpora
+    found = []
+    for chat in chats:
+        common = {
+            "stage": "sft",
+            "start": scale.base(home),
+            "tokens": scale.tokens // 4,
+            "block_size": scale.block_size,
+        }
+        streamed = [scale.run(f"P={p}", chat, scale.lora(p), **common) for p in scale.streams[:2]]
+        found += against(scale.run("control", chat, scale.lora(1), **common), streamed)
+    return found
+
+
+def verdict(rows: Sequence[Row]) -> Verdict:
+    outcomes, said = [], []
+    for corpus, of in by_corpus(rows).items():
+        for name in (name for name in names(of) if name.startswith("P=")):
+            gain = paired(of, name, "control")
+            outcomes.append(gain.outcome)
+            said.append(f"{name} on {corpus}: {gain}")
+    return Verdict(
+        combine(outcomes), "Loss on held-out answers, over the control: " + "; ".join(said) + ".", over_control(rows)
+    )
+
+
+CLAIM = Claim(
+    "sft",
+    "Tuned on the same instructions, a model with streams ends at a lower loss on held-out answers than one without.",
+    "Lower (paper, section 4.1: the gain of pre-training stays after instruction tuning).",
+    runs,
+    verdict,
+    corpora=2,
+)

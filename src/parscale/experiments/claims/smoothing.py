@@ -1,0 +1,65 @@
+"""Does ε keep the weights balanced, and does it cost loss?"""
+
+import statistics
+from collections.abc import Sequence
+
+from parscale.experiments.claim import Claim
+from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, names, paired
+from parscale.probe import MONOCULTURE_WEIGHT
+
+EPSILONS = (0.0, 0.01, 0.05, 0.1, 0.2)
+
+
+def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
+    epsilons = (0.0, 0.1) if scale.name == "smoke" else EPSILONS
+    found = []
+    for corpus in corpora:
+        streamed = [
+            scale.run(f"P={p}, ε={epsilon:g}", corpus, scale.prefix(p, smoothing=epsilon))
+            for p in scale.streams[:2]
+            for epsilon in epsilons
+        ]
+        found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
+    return found
+
+
+def verdict(rows: Sequence[Row]) -> Verdict:
+    table, outcomes, said, curves = [], [], [], {}
+    for corpus, of in by_corpus(rows).items():
+        for name in (name for name in names(of) if "ε=" in name):
+            seen = list(by_seed(of, name).values())
+            largest = [max(row["measured"]["weights"]) for row in seen]
+            streams, epsilon = name.split(", ε=")
+            table.append(
+                {
+                    "text": corpus,
+                    "run": name,
+                    "seeds": len(seen),
+                    "loss": statistics.mean(row["validation_loss"] for row in seen),
+                    "largest weight": statistics.mean(largest),
+                    "monoculture": f"{sum(w > MONOCULTURE_WEIGHT for w in largest)} of {len(seen)}",
+                    "skipped steps": sum(row["skipped_steps"] for row in seen),
+                }
+            )
+            curves.setdefault(f"{corpus}, {streams}", []).append((float(epsilon), statistics.mean(largest)))
+        for streams in dict.fromkeys(name.split(",")[0] for name in names(of) if "ε=" in name):
+            gain = paired(of, f"{streams}, ε=0.1", f"{streams}, ε=0")
+            even = paired(of, f"{streams}, ε=0.1", f"{streams}, ε=0", _largest, _largest)
+            outcomes += [gain.outcome]
+            said.append(f"{streams} on {corpus}: loss {gain}, largest weight lower by {even}")
+    reason = "ε = 0.1 against ε = 0: " + "; ".join(said) + "."
+    return Verdict(combine(outcomes), reason, table, curves, ("ε", "largest mean weight"))
+
+
+def _largest(row: Row) -> float:
+    return max(row["measured"]["weights"])
+
+
+CLAIM = Claim(
+    "smoothing",
+    "ε = 0.1 prevents load imbalance and ends at a lower loss than ε = 0.",
+    "Imbalance without smoothing, and a lower loss with it (paper, section 3.2).",
+    runs,
+    verdict,
+)

@@ -1,0 +1,72 @@
+"""Does the measured correlation of the streams' errors predict the gain, as section 2 of the paper has it?"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from parscale.experiments.claim import Claim
+from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, loss
+
+
+def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
+    found = []
+    for corpus in corpora:
+        streamed = [
+            scale.run(f"P={p}, {way}", corpus, make(p))
+            for p in scale.streams
+            for way, make in (("prefix", scale.prefix), ("prefix+lora", scale.lora))
+        ]
+        found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
+    return found
+
+
+def verdict(rows: Sequence[Row]) -> Verdict:
+    """The theory leaves [(P−1)ρ+1]/P of the reducible loss, so the gain over the control's loss is at most the rest;
+    it holds where the measured gain rises with 1 − [(P−1)ρ+1]/P over all runs."""
+    table, points = [], {}
+    for corpus, of in by_corpus(rows).items():
+        control = by_seed(of, "control")
+        for row in of:
+            rho = row["measured"].get("rho")
+            if rho is None or row["seed"] not in control:
+                continue
+            p = row["streams"]
+            left = ((p - 1) * rho + 1) / p
+            gain = loss(control[row["seed"]]) - loss(row)
+            points.setdefault(corpus, []).append((1 - left, gain))
+            table.append(
+                {"text": corpus, "run": row["name"], "seed": row["seed"], "ρ": rho, "[(P−1)ρ+1]/P": left, "gain": gain}
+            )
+    if sum(map(len, points.values())) < 6:
+        return Verdict("undecided" if table else "not run", "Fewer than 6 runs with streams.", table)
+    slopes = {corpus: _rank_correlation(np.array(of)) for corpus, of in points.items() if len(of) >= 6}
+    said = [f"{corpus}: {value:+.2f} [{low:+.2f}, {high:+.2f}]" for corpus, (value, low, high) in slopes.items()]
+    outcome = "undecided"
+    if all(low > 0 for _, low, _ in slopes.values()):
+        outcome = "supported"
+    elif all(high <= 0 for _, _, high in slopes.values()):
+        outcome = "not supported"
+    reason = "Rank correlation of the predicted share and the gain, over runs: " + "; ".join(said) + "."
+    return Verdict(outcome, reason, table, points, ("share of the reducible loss that goes, by theory", "gain (nats)"))
+
+
+def _rank_correlation(points: np.ndarray) -> tuple[float, float, float]:
+    """Spearman's, with a 95 % bootstrap interval over the points, which are (runs, 2)."""
+    from scipy.stats import spearmanr
+
+    draws = np.random.default_rng(0).integers(0, len(points), (1000, len(points)))
+    drawn = [points[d] for d in draws if all(len(np.unique(points[d, i])) > 1 for i in (0, 1))]
+    values = [float(np.asarray(spearmanr(d[:, 0], d[:, 1]))[0]) for d in drawn]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(np.asarray(spearmanr(points[:, 0], points[:, 1]))[0]), float(low), float(high)
+
+
+CLAIM = Claim(
+    "theory",
+    "The lower the streams' error correlation ρ, the higher the gain: [(P−1)ρ+1]/P of the reducible loss stays.",
+    "The gain rises as ρ falls. The streams of small models specialise, so the size of the gain will not be the "
+    "theory's, which takes each stream to be a whole model.",
+    runs,
+    verdict,
+)

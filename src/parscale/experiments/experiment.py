@@ -1,0 +1,126 @@
+"""`parscale experiment`: runs claims at a scale, tells each row as it comes, and the verdict at the end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from parscale.errors import InputError
+from parscale.experiments.catalogue import CLAIMS, claim_named
+from parscale.experiments.claim import Claim
+from parscale.experiments.runs import SCALES, ScaleName
+from parscale.experiments.shapes import gpu_hours
+from parscale.experiments.sweep import Corpora, measure_once, read_rows, sweep
+from parscale.experiments.verdicts import NOT_RUN, Verdict
+from parscale.output import print_table
+from parscale.train.corpus import STDLIB
+
+ALL = "all"
+
+
+def run_experiments(
+    names: Sequence[str],
+    *,
+    scale: ScaleName = "smoke",
+    corpus: Sequence[str] = (STDLIB,),
+    seeds: int | None = None,
+    results: Path = Path("results"),
+    work: Path = Path("runs/experiments"),
+    workers: int | None = None,
+    minutes: float | None = None,
+) -> dict[str, Verdict]:
+    """Run experiments, print their rows and verdicts. Returns the verdicts by name.
+
+    Args:
+        names: of CLAIMS, or "all".
+        scale: smoke, cpu, gpu; paper prints what would be run, and runs nothing.
+        corpus: texts, each PATH or NAME=PATH; paths of one name are one text.
+        seeds: how many, from 0; by default 3, and 1 at the scale smoke.
+        results: folder of the rows, one file an experiment.
+        work: folder of models and checkpoints.
+        workers: processes at once; by default one a GPU, or one.
+        minutes: begin no run after so many; the next call goes on.
+
+    Raises:
+        InputError: no such experiment, too few texts, or bad text.
+    """
+    chosen = list(CLAIMS.values()) if list(names) == [ALL] else [claim_named(name) for name in names]
+    if not chosen:
+        raise InputError(f"names is empty: give one or more of {', '.join(CLAIMS)}, or {ALL}")
+    corpora = parse_corpora(corpus)
+    count = seeds if seeds is not None else 1 if scale == "smoke" else 3
+    if count < 1:
+        raise InputError(f"seeds={count} is not accepted; give an integer >= 1")
+    verdicts = {}
+    for claim in chosen:
+        if scale == "paper":
+            print_table(f"{claim.name}: not run; hours of one H100", planned(claim))
+            continue
+        if len(corpora) < claim.corpora:
+            if list(names) != [ALL]:
+                raise InputError(f"{claim.name} needs {claim.corpora} texts; give --corpus HOME=PATH OTHER=PATH")
+            Console().print(f"{claim.name}: not run, for it needs {claim.corpora} texts", highlight=False)
+            continue
+        verdicts[claim.name] = _run(claim, scale, corpora, range(count), results, work, workers, minutes)
+    return verdicts
+
+
+def parse_corpora(given: Sequence[str]) -> Corpora:
+    """Name → sources, of `PATH` (its stem is the name) and `NAME=PATH`."""
+    corpora: dict[str, tuple[str, ...]] = {}
+    for one in given:
+        name, _, path = one.rpartition("=")
+        name = name or Path(path).name.split(".")[0]
+        corpora[name] = (*corpora.get(name, ()), path)
+    return corpora
+
+
+def verdict_of(claim: Claim, rows: Sequence[dict[str, Any]], scale: str) -> Verdict:
+    """What the rows of one scale say."""
+    of_scale = [row for row in rows if row["scale"] == scale]
+    return claim.verdict(of_scale) if of_scale else NOT_RUN
+
+
+def planned(claim: Claim) -> list[dict[str, Any]]:
+    """The runs of the paper's scale, with the hours of one H100 that each needs (`shapes.gpu_hours`)."""
+    return [
+        {
+            "run": run.name,
+            "model": run.model,
+            "P": run.streams.streams,
+            "tokens": f"{run.tokens / 1e9:g} B",
+            "H100 hours": round(gpu_hours(run)),
+        }
+        for run in claim.runs(SCALES["paper"], ["paper"])
+    ]
+
+
+def _run(
+    claim: Claim,
+    scale: ScaleName,
+    corpora: Corpora,
+    seeds: Sequence[int],
+    results: Path,
+    work: Path,
+    workers: int | None,
+    minutes: float | None,
+) -> Verdict:
+    console = Console()
+    if claim.measurements is not None:
+        found = measure_once(claim.name, claim.measurements(SCALES[scale]), scale=scale, results=results)
+        total = None
+    else:
+        runs = claim.runs(SCALES[scale], list(corpora))
+        total = len(runs) * len(seeds)
+        options: Any = {"seeds": seeds, "scale": scale, "corpora": corpora, "results": results, "work": work}
+        found = sweep(claim.name, runs, **options, workers=workers, minutes=minutes)
+    for count, row in enumerate(found, 1):
+        told = f"loss {row['validation_loss']:.4f}, {row['seconds']:.0f} s" if "validation_loss" in row else ""
+        of = "" if total is None else f" of {total}"
+        seed = f" seed {row['seed']}" if "seed" in row else ""
+        console.print(f"{claim.name} {count}{of}: {row['name']}{seed} {told}", highlight=False)
+    verdict = verdict_of(claim, read_rows(results / f"{claim.name}.jsonl"), scale)
+    print_table(claim.sentence, verdict.table)
+    console.print(f"{claim.name}, {scale}: {verdict.outcome}. {verdict.reason}", highlight=False)
+    return verdict

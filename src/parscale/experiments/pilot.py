@@ -1,0 +1,269 @@
+"""`parscale pilot`: should I use streams? Short frozen runs on one's own model and text, the gain, and its cost."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from parscale.config import StreamsConfig
+from parscale.errors import InputError
+from parscale.evaluate import DocumentLosses, bootstrap_of_documents, document_losses
+from parscale.load import load_model, load_tokenizer
+from parscale.output import print_json, print_table
+from parscale.streams.parallelize import parallelize
+from parscale.train.config import TrainConfig
+from parscale.train.corpus import read_documents, split_documents
+from parscale.train.data import PackedText, load_text, sample
+from parscale.train.stages import count_stream_parameters
+from parscale.train.trainer import check_output, train
+
+STREAMS = (2, 4)
+LORA_RANK = 8
+LEAST_DOCUMENTS, LEAST_STEPS, MOST_STEPS = 5, 10, 3000
+HELD_OUT, HELD_OUT_TOKENS = 0.05, 50_000
+PLAN, RECORD = "plan.json", "pilot.json"
+EVALUATIONS = 4
+
+
+@dataclass(frozen=True)
+class PilotRow:
+    """One kind of adaptation. Losses in nats per token on held-out documents; `gain`, with `low` and `high`, its 95 %
+    interval over documents, is over the control. `latency_ratio` and `memory_ratio` are against the model as it is."""
+
+    name: str
+    loss: float
+    gain: float | None
+    low: float | None
+    high: float | None
+    parameters: int
+    growing: bool | None
+    """Whether the second half of the run gained more over the control than the first."""
+    latency_ratio: float | None
+    memory_ratio: float | None
+
+
+def run_pilot(
+    name: str,
+    *,
+    data: Sequence[str],
+    minutes: float = 20.0,
+    out: Path = Path("pilot-out"),
+    block_size: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+    as_json: bool = False,
+) -> dict[str, Any]:
+    """Train a control, streams and a LoRA of as many parameters on a frozen model; tell whether streams pay.
+
+    Args:
+        name: folder or hub name of a model without streams.
+        data: your text.
+        minutes: to spend on training, about.
+        out: folder of the runs and of `pilot.json`; a pilot that was stopped goes on.
+        block_size: tokens in a sequence.
+        batch_size: sequences a step.
+        seed: of everything.
+        as_json: print JSON instead of tables.
+
+    Raises:
+        InputError: a model or text that cannot serve, or a folder that holds something else.
+    """
+    if not minutes > 0:
+        raise InputError(f"minutes={minutes} is not accepted; give a number above 0")
+    if not (out / PLAN).is_file():
+        check_output(out)
+    tokenizer = load_tokenizer(name)
+    text = load_text(list(data), tokenizer=tokenizer, block_size=block_size, validation_fraction=HELD_OUT)
+    runs = _runs(name)
+    steps = _plan(name, text, runs, minutes, out, batch_size)
+    held_out = split_documents(read_documents(list(data)), HELD_OUT)[1]
+    losses, results = {}, {}
+    for folder, (label, streams) in zip(("control", "p2", "p4", "lora"), runs.items(), strict=True):
+        results[label] = train(
+            TrainConfig(
+                "frozen",
+                out / folder,
+                name,
+                streams,
+                tokens=steps * batch_size * block_size,
+                batch_size=batch_size,
+                block_size=block_size,
+                evaluations=EVALUATIONS,
+                seed=seed,
+                resume=True,
+            ),
+            data=text,
+            title=label,
+        )
+        losses[label] = _held_out(load_model(out / folder), tokenizer, held_out, block_size)
+    before = _held_out(load_model(name), tokenizer, held_out, block_size)
+    costs = _costs(name)
+    rows = [_row(label, losses, results, costs) for label in runs]
+    over_lora = {f"P={p}": compare(losses[f"P={p}"], losses["LoRA"]) for p in STREAMS}
+    record = {
+        "model": name,
+        "data": list(data),
+        "steps": steps,
+        "documents": len(before.tokens),
+        "loss_before": before.mean,
+        "rows": [vars(row) for row in rows],
+        "over_lora": over_lora,
+        "law": _projection(name),
+        "cost": costs.get("note", "measured here: 64 tokens in, 16 out, batch 1"),
+        "verdict": judge(rows, over_lora, len(before.tokens)),
+    }
+    scratch = out / f".{RECORD}.partial"
+    scratch.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    scratch.replace(out / RECORD)
+    _print(record, as_json)
+    return record
+
+
+def compare(ours: DocumentLosses, theirs: DocumentLosses) -> tuple[float, float, float]:
+    """(gain, low, high) of `ours` over `theirs` on the same documents, nats per token."""
+    more = theirs.nats - ours.nats
+    return (float(more.sum() / ours.tokens.sum()), *bootstrap_of_documents(more, ours.tokens))
+
+
+def judge(rows: Sequence[PilotRow], over_lora: Mapping[str, tuple[float, float, float]], documents: int) -> str:
+    """One plain sentence."""
+    if documents < LEAST_DOCUMENTS:
+        return f"Undecided: {documents} held-out documents are too few for an interval; give text in more documents."
+    streamed = [row for row in rows if row.name in over_lora]
+    best = max(streamed, key=lambda row: row.gain or -math.inf)
+    gain, low, high = best.gain or 0.0, best.low or 0.0, best.high or 0.0
+    told = f"{best.name} gains {gain:+.4f} nats [{low:+.4f}, {high:+.4f}] over the control"
+    if high <= 0:
+        return f"No: {told}."
+    if low <= 0:
+        return f"Undecided: {told}; give more minutes or more text."
+    lora, lora_low, lora_high = over_lora[best.name]
+    told += f" and {lora:+.4f} [{lora_low:+.4f}, {lora_high:+.4f}] over a LoRA of as many parameters"
+    if best.latency_ratio is not None:
+        told += f", at {best.latency_ratio:.2f} times the latency"
+    if lora_high <= 0:
+        return f"No, take the LoRA, which costs no latency: {told}."
+    return f"Yes: {told}." if lora_low > 0 else f"Undecided: {told}; the LoRA may do as well."
+
+
+def _runs(name: str) -> dict[str, StreamsConfig]:
+    """The control, the streams, and a LoRA of as many parameters as the most streams have, as nearly as a rank can."""
+    runs = {"control": StreamsConfig(1)} | {
+        f"P={p}": StreamsConfig(p, diversify=("prefix", "lora"), lora_rank=LORA_RANK) for p in STREAMS
+    }
+    goal = _parameters(name, runs[f"P={STREAMS[-1]}"])
+    one, two = (_parameters(name, StreamsConfig(1, 0, diversify=("lora",), lora_rank=rank)) for rank in (1, 2))
+    rank = max(1, round((goal - one) / (two - one)) + 1)
+    return runs | {"LoRA": StreamsConfig(1, 0, diversify=("lora",), lora_rank=rank)}
+
+
+def _parameters(name: str, streams: StreamsConfig) -> int:
+    return count_stream_parameters(parallelize(load_model(name), streams))
+
+
+def _plan(
+    name: str, text: PackedText, runs: Mapping[str, StreamsConfig], minutes: float, out: Path, batch_size: int
+) -> int:
+    """Steps of each run, so that all together take the minutes; decided once, so that a stopped pilot goes on."""
+    file = out / PLAN
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))["steps"]
+    total = sum(_seconds_of_a_step(name, text, streams, batch_size) for streams in runs.values())
+    steps = min(MOST_STEPS, max(LEAST_STEPS, int(60 * minutes / total)))
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = out / f".{PLAN}.partial"
+    scratch.write_text(json.dumps({"steps": steps, "minutes": minutes}), encoding="utf-8")
+    scratch.replace(file)
+    return steps
+
+
+def _seconds_of_a_step(name: str, text: PackedText, streams: StreamsConfig, batch_size: int) -> float:
+    """The quicker of two steps, with a third more for evaluations and the optimiser."""
+    model = parallelize(_on_device(load_model(name)), streams)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_("stream" in parameter_name or "prefix" in parameter_name)
+    ids = sample(text.train, batch_size).to(model.device)
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 1.33 * min(seconds)
+
+
+def _held_out(model: Any, tokenizer: Any, documents: Sequence[Any], block_size: int) -> DocumentLosses:
+    return document_losses(_on_device(model), tokenizer, documents, block_size=block_size, tokens=HELD_OUT_TOKENS)
+
+
+def _row(
+    label: str, losses: Mapping[str, DocumentLosses], results: Mapping[str, Any], costs: Mapping[str, Any]
+) -> PilotRow:
+    result = results[label]
+    row = PilotRow(label, losses[label].mean, None, None, None, result.stream_parameters, None, None, None)
+    if label == "control":
+        return row
+    gain, low, high = compare(losses[label], losses["control"])
+    ours, control = (
+        [entry["eval_loss"] for entry in found.history if "eval_loss" in entry]
+        for found in (result, results["control"])
+    )
+    gains = [theirs - mine for mine, theirs in zip(ours, control, strict=True)]
+    growing = gains[-1] > gains[len(gains) // 2 - 1] if len(gains) > 1 else None
+    latency, memory = costs.get(label, (None, None))
+    return replace(row, gain=gain, low=low, high=high, growing=growing, latency_ratio=latency, memory_ratio=memory)
+
+
+def _costs(name: str) -> dict[str, Any]:
+    """P → (latency, memory) over those of one stream, measured here on random weights of the model's shape; or the
+    reason why not, as `note`."""
+    from parscale.cost.measure import measure_table
+    from parscale.cost.model import Workload
+
+    work = Workload(input=64, output=16, dtype="bf16" if torch.cuda.is_available() else "fp32", accounting="counted")
+    try:
+        one, *more = measure_table(name, (1, *STREAMS), (1,), work, repeats=3)
+    except InputError as error:
+        return {"note": f"not measured: {error}"}
+    found: dict[str, Any] = {"LoRA": (1.0, 1.0)}
+    for row in more:
+        seconds = row["measured"]["request"]["median"] / one["measured"]["request"]["median"]
+        found[f"P={row['streams']}"] = (seconds, row["memory_gib"] / one["memory_gib"])
+    return found
+
+
+def _projection(name: str) -> dict[str, Any]:
+    """What the paper's law for code gives a model of this size, trained with streams from scratch."""
+    from parscale.law.report import law_of
+
+    model = load_model(name)
+    params = model.num_parameters() - model.get_input_embeddings().weight.numel()
+    law = law_of("stack")
+    gains = {f"P={p}": float(law.predict(params, 1) - law.predict(params, p)) for p in STREAMS}
+    return {"params": params, "gains": gains, "extrapolated": bool(params < law.runs.params.min())}
+
+
+def _on_device(model: Any) -> Any:
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+
+
+def _print(record: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(record)
+        return
+    console = Console()
+    print_table(f"{record['model']}, {record['steps']} steps each, frozen backbone", record["rows"])
+    law = record["law"]
+    gains = ", ".join(f"{name} {gain:.3f}" for name, gain in law["gains"].items())
+    outside = ", far outside of its range" if law["extrapolated"] else ""
+    console.print(f"before: {record['loss_before']:.4f} nats on {record['documents']} held-out documents")
+    console.print(f"cost: {record['cost']}", highlight=False)
+    console.print(f"the paper's law, streams from the first token, {law['params']:,} parameters{outside}: {gains}")
+    console.print(record["verdict"], style="bold", highlight=False)

@@ -1,0 +1,124 @@
+"""`parscale report`: every claim with its verdict, tables and plots, as one HTML page that needs no network.
+
+What could not be run stands in it as "not run", with the GPU hours that it needs; nothing is guessed.
+"""
+
+import html
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from parscale.errors import InputError
+from parscale.experiments.catalogue import CLAIMS
+from parscale.experiments.claim import Claim
+from parscale.experiments.experiment import planned, verdict_of
+from parscale.experiments.report import page, svg, table
+from parscale.experiments.shapes import H100_FLOPS, UTILISATION
+from parscale.experiments.sweep import read_rows
+from parscale.experiments.verdicts import Verdict
+
+RUNNABLE = ("gpu", "cpu", "smoke")
+"""Scales whose rows can be there; a claim's verdict is that of the first that has rows."""
+INTRODUCTION = (
+    "Losses are nats per token on held-out text. A gain is the control's loss minus a run's, of the same seed, text "
+    "and tokens; the control is one stream with a prefix. Beside it: its 95 % bootstrap interval over seeds, and its "
+    "size in standard deviations of the control over seeds (sd). A part is supported where the interval of three or "
+    "more seeds is above 0, not supported where it is nowhere above 0, else undecided; a claim is what all its parts "
+    "are. The scale smoke proves the machinery alone: its runs are a few steps long and decide nothing."
+)
+
+
+def write_report(results: Path, out: Path | None = None) -> Path:
+    """Write the page to `out`, by default `results/report.html`. Returns where it stands.
+
+    Raises:
+        InputError: the folder has no rows of any experiment.
+    """
+    rows = {name: read_rows(results / f"{name}.jsonl") for name in CLAIMS}
+    if not any(rows.values()):
+        raise InputError(f"results={results}: no rows of an experiment are in it; run parscale experiment first")
+    out = out or results / "report.html"
+    verdicts = {name: _verdicts(claim, rows[name]) for name, claim in CLAIMS.items()}
+    summary = [_summary(claim, verdicts[name], rows[name]) for name, claim in CLAIMS.items()]
+    parts = [
+        "<h1>What the experiments say of parallel streams</h1>",
+        f"<p>{html.escape(INTRODUCTION)}</p>",
+        table("Claims", ("experiment", "verdict", "scale", "rows", "the claim"), summary),
+        *(_section(claim, verdicts[name], rows[name]) for name, claim in CLAIMS.items()),
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = out.with_name(f".{out.name}.partial")
+    scratch.write_text(page("Experiments on parallel streams", "\n".join(parts)), encoding="utf-8")
+    return scratch.replace(out)
+
+
+def _verdicts(claim: Claim, rows: Sequence[dict[str, Any]]) -> dict[str, Verdict]:
+    """By scale, for those that have rows."""
+    return {scale: verdict_of(claim, rows, scale) for scale in RUNNABLE if any(row["scale"] == scale for row in rows)}
+
+
+def _summary(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    scale = next(iter(verdicts), "")
+    outcome = verdicts[scale].outcome if scale else "not run"
+    count = sum(row["scale"] == scale for row in rows)
+    return claim.name, "machinery only" if scale == "smoke" else outcome, scale, str(count), claim.sentence
+
+
+def _section(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str, Any]]) -> str:
+    parts = [
+        f'<h2 id="{html.escape(claim.name)}">{html.escape(claim.name)}</h2>',
+        f"<p><strong>{html.escape(claim.sentence)}</strong></p>",
+        f"<p>Expected: {html.escape(claim.expected)}</p>",
+    ]
+    if not verdicts:
+        parts.append("<p>Not run.</p>")
+    for scale, verdict in verdicts.items():
+        parts.append(f"<h3>{scale}: {verdict.outcome}</h3><p>{html.escape(verdict.reason)}</p>")
+        if verdict.table:
+            columns = tuple(verdict.table[0])
+            cells = [tuple(_cell(row.get(name)) for name in columns) for row in verdict.table]
+            parts.append(table(f"{claim.name}, {scale}", columns, cells))
+        if any(len(points) > 1 for points in verdict.curves.values()):
+            parts.append(svg(_draw, verdict.curves, verdict.axes))
+        parts.append(f'<p class="note">{html.escape(_machines(rows, scale))}</p>')
+    plan = planned(claim)
+    if plan:
+        caption = (
+            f"At the paper's scale: not run. H100 hours are 6·N·P·D operations at {UTILISATION:.0%} of "
+            f"{H100_FLOPS / 1e12:.0f} TFLOP/s, those of the model that is continued included"
+        )
+        cells = [(*(str(value) for value in row.values()), "not run") for row in plan]
+        parts.append(table(caption, (*plan[0], "loss"), cells))
+    return "\n".join(parts)
+
+
+def _machines(rows: Sequence[dict[str, Any]], scale: str) -> str:
+    """On what, and how long."""
+    of = [row for row in rows if row["scale"] == scale]
+    machines = dict.fromkeys(_machine(row["machine"]) for row in of if "machine" in row)
+    hours = sum(row.get("seconds", 0.0) for row in of) / 3600
+    spent = f" {hours:.2f} hours of training." if hours else ""
+    return f"{len(of)} rows on {'; '.join(machines)}.{spent}"
+
+
+def _machine(told: dict[str, Any]) -> str:
+    if "name" in told:
+        return told["name"]
+    name = told["processor"] or told["platform"]
+    return f"{name}, {told['threads']} threads, torch {told['torch']}, transformers {told['transformers']}"
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _draw(figure: Any, curves: dict[str, list[tuple[float, float]]], axes: tuple[str, str]) -> None:
+    plot = figure.subplots()
+    for label, points in curves.items():
+        plot.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
+    plot.set(xlabel=axes[0], ylabel=axes[1])
+    plot.grid(alpha=0.3)
+    plot.legend(frameon=False)

@@ -1,0 +1,158 @@
+"""What a run of an experiment is, at which scale, and what makes two runs the same run."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from parscale.config import StreamsConfig
+from parscale.train.config import Balance, Stage
+
+ScaleName = Literal["smoke", "cpu", "gpu", "paper"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of an experiment. A seed makes it a row.
+
+    Args:
+        name: what the experiment calls it; not part of what it is.
+        corpus: name of the text, as given to `--corpus`.
+        model: a shape (`train.shapes.SHAPES`, `experiments.shapes`), or a size of the paper where it is not run.
+        streams: the streams.
+        tokens: training tokens.
+        batch_size: sequences a step.
+        block_size: tokens in each.
+        vocab_size: of the BPE that is trained on the text of the first model of the chain.
+        stage: pretrain, retrofit, frozen or sft.
+        start: the run whose model this one continues; None for pretrain.
+        control: the run whose model the streams' errors are measured against.
+        forgetting: name of a text on which the loss is measured before and after.
+        balance: what keeps the streams apart in training.
+    """
+
+    name: str
+    corpus: str
+    model: str
+    streams: StreamsConfig
+    tokens: int
+    batch_size: int
+    block_size: int
+    vocab_size: int
+    stage: Stage = "pretrain"
+    start: "Run | None" = None
+    control: "Run | None" = None
+    forgetting: str = ""
+    balance: Balance = field(default_factory=Balance)
+    learning_rate: float = 3e-3
+    stream_learning_rate: float = 1e-2
+    decay: float = 0.5
+
+    @property
+    def depth(self) -> int:
+        """0 for a run that needs no other one's model; else one more than those that it needs."""
+        needed = [other.depth for other in (self.start, self.control) if other is not None]
+        return 1 + max(needed) if needed else 0
+
+    @property
+    def root(self) -> "Run":
+        """The run from which its chain of models starts: its text makes the tokenizer."""
+        return self if self.start is None else self.start.root
+
+    def describe(self) -> dict[str, Any]:
+        """All that makes it this run, without what is as by default: new options leave the keys of old rows alone."""
+        told: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name == "name" or value == entry.default:
+                continue
+            if isinstance(value, Run):
+                told[entry.name] = value.describe()
+            elif isinstance(value, StreamsConfig | Balance):
+                default = asdict(type(value)())
+                if other := {k: v for k, v in asdict(value).items() if v != default[k]}:
+                    told[entry.name] = other
+            else:
+                told[entry.name] = value
+        return told
+
+    def key(self, seed: int, scale: str) -> str:
+        """What tells its row from all others: 16 hexadecimal digits."""
+        told = json.dumps([self.describe(), seed, scale], sort_keys=True, default=list)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes and rates that the experiments of one scale start from; chosen by measurement, see LOG.md."""
+
+    name: ScaleName
+    model: str
+    sizes: tuple[str, ...]
+    """Of the scaling law, ascending."""
+    vocab_size: int
+    block_size: int
+    batch_size: int
+    base_tokens: int
+    """Of the plain model that stage 2 continues."""
+    tokens: int
+    """Of every other run."""
+    streams: tuple[int, ...] = (2, 4)
+    text_tokens: int = 20_000_000
+    """Of a text at most; a run that is longer passes over it again."""
+    lora_rank: int = 8
+    validation_blocks: int = 256
+    """Sequences that the loss is measured on; a quarter of them for the closer look at the streams."""
+    evaluations: int = 4
+
+    def run(self, name: str, corpus: str, streams: StreamsConfig, **changes: Any) -> Run:
+        """A run with this scale's sizes, except for what `changes` says."""
+        given: dict[str, Any] = {
+            "model": self.model,
+            "tokens": self.tokens,
+            "batch_size": self.batch_size,
+            "block_size": self.block_size,
+            "vocab_size": self.vocab_size,
+        }
+        return Run(name, corpus, streams=streams, **given | changes)
+
+    def base(self, corpus: str, **changes: Any) -> Run:
+        """The plain model that stage 2 continues."""
+        return self.run("base", corpus, PLAIN, **{"tokens": self.base_tokens, "decay": 0.0} | changes)
+
+    def lora(self, streams: int, **changes: Any) -> StreamsConfig:
+        """Streams told apart by a prefix and a LoRA each: what worked on small models."""
+        return StreamsConfig(
+            streams, **{"diversify": ("prefix", "lora"), "lora_rank": self.lora_rank, **PREFIX[self.name]} | changes
+        )
+
+    def prefix(self, streams: int, **changes: Any) -> StreamsConfig:
+        """The paper's streams."""
+        return StreamsConfig(streams, **PREFIX[self.name] | changes)
+
+
+PLAIN = StreamsConfig(1, 0)
+PREFIX: dict[str, dict[str, Any]] = {"smoke": {"prefix_tokens": 8}, "cpu": {}, "gpu": {}, "paper": {}}
+
+SCALES: dict[str, Scale] = {
+    "smoke": Scale(
+        "smoke", "pico", ("1x16x2", "pico", "2x48x3"), 384, 32, 8, 6 * 256, 6 * 256, text_tokens=100_000, lora_rank=2,
+        validation_blocks=16, evaluations=1,
+    ),
+    "cpu": Scale(
+        "cpu", "pico", ("2x24x2", "pico", "2x48x3", "nano", "3x96x4"), 512, 128, 32, 800 * 4096, 600 * 4096, (2, 4, 8)
+    ),
+    "gpu": Scale(
+        "gpu", "mini", ("nano", "micro", "4x192x4", "mini", "small"), 2048, 256, 128,
+        600 * 32768, 600 * 32768, (2, 4, 8),
+    ),
+    "paper": Scale(
+        "paper", "1.6B", ("0.5B", "0.7B", "1.1B", "1.6B", "2.8B", "4.4B"), 151_936, 2048, 1024,
+        10**12, 42 * 10**9, (2, 4, 8), text_tokens=10**12,
+    ),
+}  # fmt: skip
+
+
+def against(control: Run, runs: list[Run]) -> list[Run]:
+    """The control, and the runs, whose streams are measured against it."""
+    return [control, *(replace(run, control=control) if run.streams.streams > 1 else run for run in runs)]

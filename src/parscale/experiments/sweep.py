@@ -1,0 +1,292 @@
+"""Trains the runs of an experiment, each once, and appends their rows to `RESULTS/EXPERIMENT.jsonl`.
+
+A sweep that was killed goes on: rows that are there are not run again, nor are those that another experiment of the
+same results has under another name; a run that was told to stop goes on from its checkpoint in the work folder. Models
+that others continue or are measured against are trained first and stay in the work folder.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parscale.errors import InputError
+from parscale.experiments.claim import Measurements
+from parscale.experiments.demo import machine
+from parscale.experiments.measure import measure
+from parscale.experiments.runs import SCALES, Run
+from parscale.experiments.shapes import source_of
+from parscale.load import load_model
+from parscale.train.config import TrainConfig
+from parscale.train.data import PackedText, load_text, sample
+from parscale.train.prepare import FORGETTING
+from parscale.train.sft import load_chats
+from parscale.train.trainer import RECORD, TrainResult, train
+
+Corpora = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run with its seed, and where its text and models are: all that a worker has to know."""
+
+    run: Run
+    seed: int
+    scale: str
+    corpora: Corpora
+    work: Path
+    recorded: bool
+    """Whether its row is wanted, or its model alone."""
+
+    @property
+    def key(self) -> str:
+        return self.run.key(self.seed, self.scale)
+
+    @property
+    def folder(self) -> Path:
+        return self.work / "models" / self.key
+
+    def needs(self) -> list["Task"]:
+        """The runs whose models this one reads."""
+        needed = (self.run.start, self.run.control)
+        return [replace(self, run=run, recorded=False) for run in needed if run is not None]
+
+
+def sweep(
+    experiment: str,
+    runs: Sequence[Run],
+    *,
+    seeds: Sequence[int],
+    scale: str,
+    corpora: Corpora,
+    results: Path,
+    work: Path,
+    workers: int | None = None,
+    minutes: float | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Train what is not there yet. Yields each new row once it is on disk.
+
+    Args:
+        experiment: names the file of the rows.
+        runs: what to train.
+        seeds: each run is trained once with each.
+        scale: which of SCALES; part of a row's key.
+        corpora: sources of the texts that the runs name.
+        results: folder of the rows.
+        work: folder of models.
+        workers: processes at once; by default one a GPU, or one.
+        minutes: begin no run after so many.
+
+    Raises:
+        InputError: a text that no corpus is given for, or that cannot be read.
+    """
+    file = results / f"{experiment}.jsonl"
+    done = {row["key"] for row in read_rows(file)}
+    elsewhere = {row["key"]: row for other in sorted(results.glob("*.jsonl")) for row in read_rows(other)}
+    wanted = [Task(run, seed, scale, dict(corpora), work, True) for seed in seeds for run in runs]
+    pending = {task.key: task for task in wanted if task.key not in done}
+    for key in pending.keys() & elsewhere.keys():
+        _append(file, row := elsewhere[key] | {"experiment": experiment, "name": pending.pop(key).run.name})
+        yield row
+    _check_corpora(pending.values())
+    tasks = _with_needed(pending)
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    kept = {need.key for task in tasks for need in task.needs()}
+    for depth in sorted({task.run.depth for task in tasks}):
+        level = [task for task in tasks if task.run.depth == depth]
+        for task, row in _perform_all(level, workers, deadline):
+            if task.recorded:
+                row = {"experiment": experiment} | row
+                _append(file, row)
+                yield row
+            if task.key not in kept:
+                shutil.rmtree(task.folder, ignore_errors=True)
+
+
+def measure_once(experiment: str, measurements: Measurements, *, scale: str, results: Path) -> Iterator[dict[str, Any]]:
+    """The rows of measurements that are not there yet, each yielded once it is on disk."""
+    file = results / f"{experiment}.jsonl"
+    done = {row["key"] for row in read_rows(file)}
+    for key, get in measurements:
+        if key not in done:
+            rows = [{"experiment": experiment, "key": key, "scale": scale} | row for row in get()]
+            _append(file, *rows)
+            yield from rows
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file; a last line that was cut short by a kill is none."""
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else [""]
+    try:
+        return [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise InputError(f"{file}: a line of it is not JSON ({error})") from None
+
+
+def perform(task: Task) -> dict[str, Any]:
+    """Train one run and look at its model: its row."""
+    run = task.run
+    text = _text_of(task)
+    start = task.needs()[0].folder if run.start is not None else None
+    # what a kill in the middle of saving left: the Trainer's check would take it for another's
+    shutil.rmtree(task.folder.with_name(f".{task.folder.name}.partial"), ignore_errors=True)
+    result = train(
+        TrainConfig(
+            run.stage,
+            task.folder,
+            str(start) if start is not None else source_of(run.model, len(text.tokenizer), task.work),
+            run.streams,
+            balance=run.balance,
+            data=task.corpora[run.corpus],
+            tokens=run.tokens,
+            batch_size=run.batch_size,
+            block_size=run.block_size,
+            learning_rate=run.learning_rate,
+            stream_learning_rate=run.stream_learning_rate,
+            decay=run.decay,
+            evaluations=SCALES[task.scale].evaluations,
+            validation_blocks=SCALES[task.scale].validation_blocks,
+            seed=task.seed,
+            resume=True,
+        ),
+        data=text,
+        title=f"{run.name} {run.corpus} {task.seed}",
+    )
+    return _row(task, result, text)
+
+
+def _row(task: Task, result: TrainResult, text: PackedText) -> dict[str, Any]:
+    run = task.run
+    model = _on_device(load_model(task.folder))
+    control = _on_device(load_model(task.needs()[-1].folder)) if run.control is not None else None
+    ids = sample(text.validation, SCALES[task.scale].validation_blocks // 4)
+    return {
+        "name": run.name,
+        "seed": task.seed,
+        "scale": task.scale,
+        "corpus": run.corpus,
+        "streams": run.streams.streams,
+        "key": task.key,
+        "run": run.describe(),
+        "fingerprint": text.fingerprint,
+        "tokens": result.tokens,
+        "steps": result.steps,
+        "skipped_steps": result.skipped_steps,
+        "start_loss": result.start_loss,
+        "validation_loss": result.validation_loss,
+        "corpora": result.corpora,
+        "params": result.parameters - model.get_input_embeddings().weight.numel(),
+        "stream_parameters": result.stream_parameters,
+        "curve": [[entry["step"], round(entry["eval_loss"], 5)] for entry in result.history if "eval_loss" in entry],
+        "measured": measure(model, ids, control=control),
+        "seconds": round(result.seconds, 1),
+        "machine": machine(),
+    }
+
+
+def _text_of(task: Task) -> PackedText:
+    run, root = task.run, task.run.root
+    cap = SCALES[task.scale].text_tokens
+    first = _text(task.corpora[root.corpus], run.vocab_size, run.block_size, cap)
+    if run.stage == "sft":
+        data = task.corpora[run.corpus]
+        chats = TrainConfig("sft", Path(), data=data, block_size=run.block_size, chat_template="plain")
+        return load_chats(chats, first.tokenizer)
+    of = {root.corpus: first}
+    for name in {run.corpus, run.forgetting} - {root.corpus, ""}:
+        of[name] = load_text(
+            task.corpora[name], tokenizer=first.tokenizer, block_size=run.block_size, max_train_tokens=cap
+        )
+    if not run.forgetting:
+        return of[run.corpus]
+    return replace(of[run.corpus], corpora={FORGETTING: of[run.forgetting].validation})
+
+
+@lru_cache(maxsize=8)
+def _text(source: tuple[str, ...], vocab_size: int, block_size: int, cap: int) -> PackedText:
+    return load_text(list(source), vocab_size=vocab_size, block_size=block_size, max_train_tokens=cap)
+
+
+def _on_device(model: Any) -> Any:
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+
+
+def _check_corpora(tasks: Any) -> None:
+    for task in tasks:
+        for name in {task.run.corpus, task.run.root.corpus, task.run.forgetting} - {""}:
+            if name not in task.corpora:
+                raise InputError(f"corpus {name!r} of the run {task.run.name!r} is not given; add --corpus {name}=PATH")
+
+
+def _with_needed(pending: Mapping[str, Task]) -> list[Task]:
+    """The tasks, and those whose models they need and that the work folder does not have."""
+    found = dict(pending)
+    queue = list(found.values())
+    while queue:
+        for need in queue.pop().needs():
+            if need.key not in found and not (need.folder / RECORD).is_file():
+                found[need.key] = need
+                queue.append(need)
+    return list(found.values())
+
+
+def _perform_all(
+    tasks: Sequence[Task], workers: int | None, deadline: float | None
+) -> Iterator[tuple[Task, dict[str, Any]]]:
+    """Tasks that need nothing of each other, several at once; after the deadline no more are begun."""
+    devices = torch.cuda.device_count()
+    count = min(workers or max(1, devices), len(tasks))
+
+    def late() -> bool:
+        return deadline is not None and time.monotonic() > deadline
+
+    if count <= 1 and devices <= 1:
+        for task in tasks:
+            if late():
+                return
+            yield task, perform(task)
+        return
+    context = get_context("spawn")
+    numbers = context.Queue()
+    for number in range(count):
+        numbers.put(number)
+    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker, initargs=(numbers, devices)) as pool:
+        queue, running = list(tasks), dict[Future, Task]()
+        while queue or running:
+            while queue and len(running) < count and not late():
+                running[pool.submit(perform, task := queue.pop(0))] = task
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+
+
+def _begin_worker(numbers: Any, devices: int) -> None:
+    """Each worker sees one GPU: with more, the Trainer would spread one run over all."""
+    number = numbers.get()
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % devices)
+    torch.set_num_threads(1)
+
+
+def _append(file: Path, *rows: Mapping[str, Any]) -> None:
+    """Add a line each; what a kill left of a line before is cut off first."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab+") as out:
+        out.seek(0)
+        held = out.read()
+        whole = held.rfind(b"\n") + 1
+        if whole != len(held):
+            out.truncate(whole)
+        out.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        out.flush()
+        os.fsync(out.fileno())

@@ -1,0 +1,98 @@
+"""The verbs of the command line that measure: experiment, report, eval and pilot. Imports stand inside them."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def experiment(
+    names: Annotated[tuple[str, ...], tyro.conf.Positional],
+    scale: Literal["smoke", "cpu", "gpu", "paper"] = "smoke",
+    corpus: tuple[str, ...] = ("stdlib",),
+    seeds: int | None = None,
+    results: Path = Path("results"),
+    work: Path = Path("runs/experiments"),
+    workers: int | None = None,
+    minutes: float | None = None,
+) -> None:
+    """Test claims about streams: train what is not there yet, tell rows and a verdict. docs/experiments.md
+
+    Args:
+        names: baseline, aggregation, efficiency, law, many-streams, data, split, moe, smoothing, domains, prefix,
+            dynamic, sft, theory; several, or all.
+        scale: smoke (proves the machinery), cpu, gpu; paper lists what the paper's sizes would take, and runs nothing.
+        corpus: texts, as PATH or NAME=PATH; paths of one name are one text.
+        seeds: how many; by default 3, and 1 for smoke.
+        results: folder of the rows, one file of JSON lines an experiment. Rows that are there are not run again.
+        work: folder of models and checkpoints.
+        workers: processes at once; by default one a GPU, or one.
+        minutes: begin no run after so many; call again to go on.
+    """
+    from parscale.experiments.experiment import run_experiments
+
+    options = {"results": results, "work": work, "workers": workers, "minutes": minutes}
+    run_experiments(names, scale=scale, corpus=corpus, seeds=seeds, **options)
+
+
+def report(results: Annotated[Path, tyro.conf.Positional] = Path("results"), out: Path | None = None) -> None:
+    """One page of all experiments: verdicts, tables, plots, and what was not run.
+
+    Args:
+        results: folder of the rows.
+        out: the page; by default report.html in that folder.
+    """
+    from parscale.experiments.results import write_report
+
+    print(write_report(results, out))
+
+
+def evaluate(
+    model: Annotated[str, tyro.conf.Positional],
+    data: tuple[str, ...] = ("stdlib",),
+    streams: int | None = None,
+    block_size: int = 256,
+    tokens: int = 200_000,
+    json: bool = False,
+) -> None:
+    """Loss, perplexity and bits per byte of a model on texts, one by one, with an interval over documents.
+
+    Args:
+        model: a folder or a hub name, with or without streams.
+        data: texts, each scored by itself, all of it.
+        streams: run so many of the model's streams; by default all.
+        block_size: longer documents are read in pieces of so many tokens.
+        tokens: of each text at most.
+        json: print JSON instead of a table.
+    """
+    from parscale.evaluate import evaluate as run
+
+    run(model, data, streams=streams, block_size=block_size, tokens=tokens, as_json=json)
+
+
+def pilot(
+    model: Annotated[str, tyro.conf.Positional],
+    data: tuple[str, ...],
+    minutes: float = 20.0,
+    out: Path = Path("pilot-out"),
+    block_size: int = 256,
+    batch_size: int = 16,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Should I use streams? Short runs on a frozen model and your text, the gain, its cost, and a plain verdict.
+
+    Args:
+        model: a folder or a hub name of a model without streams.
+        data: your text.
+        minutes: to spend on training, about.
+        out: folder of the runs and of pilot.json; a pilot that was stopped goes on.
+        block_size: tokens in a sequence.
+        batch_size: sequences a step.
+        seed: of everything.
+        json: print JSON instead of tables.
+    """
+    from parscale.experiments.pilot import run_pilot
+
+    sizes = {"block_size": block_size, "batch_size": batch_size, "seed": seed}
+    run_pilot(model, data=data, minutes=minutes, out=out, **sizes, as_json=json)

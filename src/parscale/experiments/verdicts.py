@@ -1,0 +1,153 @@
+"""From rows to a verdict: paired gains over the control, in its seed deviations, with an interval.
+
+A gain is the control's validation loss minus a run's, of the same seed and text, in nats per token. Three seeds are
+needed to decide; below that a claim is undecided, whatever the numbers.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Outcome = Literal["supported", "not supported", "undecided", "not run"]
+Row = dict[str, Any]
+SEEDS = 3
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Of one run over another. `deviations`: the mean in standard deviations, over seeds, of the other's loss; `low`
+    and `high`: 95 % bootstrap interval of the mean, over seeds. NaN where one seed leaves them open."""
+
+    mean: float
+    deviations: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def outcome(self) -> Outcome:
+        """Whether there is a gain: the interval is above 0, or at or below it, or neither."""
+        if self.seeds < SEEDS:
+            return "not run" if self.seeds == 0 else "undecided"
+        if self.low > 0:
+            return "supported"
+        return "not supported" if self.high <= 0 else "undecided"
+
+    def __str__(self) -> str:
+        if self.seeds == 0:
+            return "not run"
+        if self.seeds == 1:
+            return f"{self.mean:+.4f} (one seed)"
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}], {self.deviations:+.1f} sd, {self.seeds} seeds"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rows say of a claim. `table`: rows of plain values under the same keys; `curves`: points by label."""
+
+    outcome: Outcome
+    reason: str
+    table: list[Row] = field(default_factory=list)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    axes: tuple[str, str] = ("", "")
+
+
+NOT_RUN = Verdict("not run", "No rows.")
+
+
+def loss(row: Row) -> float:
+    return row["validation_loss"]
+
+
+def gain_of(values: Sequence[float], reference: Sequence[float]) -> Gain:
+    """`reference` minus `values`, pair by pair: one entry a seed, in the same order."""
+    nothing = float("nan")
+    gains = np.subtract(reference, values)
+    if len(gains) == 0:
+        return Gain(nothing, nothing, nothing, nothing, 0)
+    mean = float(gains.mean())
+    if len(gains) == 1:
+        return Gain(mean, nothing, nothing, nothing, 1)
+    spread = statistics.stdev(reference)
+    low, high = interval(gains)
+    return Gain(mean, mean / spread if spread > 0 else nothing, low, high, len(gains))
+
+
+def interval(values: Any) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean: percentiles over resamples with replacement, always the same ones."""
+    values = np.asarray(values, float)
+    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def paired(
+    rows: Sequence[Row],
+    name: str,
+    reference: str,
+    value: Callable[[Row], float] = loss,
+    reference_value: Callable[[Row], float] = loss,
+) -> Gain:
+    """The gain of the run `name` over the run `reference`, over the seeds that both have. Rows of one text."""
+    ours, theirs = by_seed(rows, name), by_seed(rows, reference)
+    seeds = sorted(ours.keys() & theirs.keys())
+    return gain_of([value(ours[s]) for s in seeds], [reference_value(theirs[s]) for s in seeds])
+
+
+def by_seed(rows: Sequence[Row], name: str) -> dict[int, Row]:
+    return {row["seed"]: row for row in rows if row["name"] == name}
+
+
+def by_corpus(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of each text, in the order in which the texts came."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["corpus"], []).append(row)
+    return found
+
+
+def names(rows: Sequence[Row]) -> list[str]:
+    """Names of the runs, in the order in which they came."""
+    return list(dict.fromkeys(row["name"] for row in rows))
+
+
+def over_control(rows: Sequence[Row], control: str = "control") -> list[Row]:
+    """The table of most claims: every run's mean loss and its gain over the control, text by text."""
+    table = []
+    for corpus, of_corpus in by_corpus(rows).items():
+        for name in names(of_corpus):
+            losses = [loss(row) for row in by_seed(of_corpus, name).values()]
+            gain = paired(of_corpus, name, control)
+            table.append(
+                {
+                    "text": corpus,
+                    "run": name,
+                    "seeds": len(losses),
+                    "loss": statistics.mean(losses),
+                    "gain over control": "" if name == control else str(gain),
+                }
+            )
+    return table
+
+
+def combine(outcomes: Sequence[Outcome]) -> Outcome:
+    """Of all parts of a claim: what all say, or undecided. Parts that were not run are left out."""
+    run = {outcome for outcome in outcomes if outcome != "not run"}
+    if not run:
+        return "not run"
+    return run.pop() if len(run) == 1 else "undecided"
+
+
+def gain_points(rows: Sequence[Row], runs: dict[str, tuple[str, float]], control: str = "control") -> dict[str, Any]:
+    """Curves of mean gains: `runs` tells each run's curve and place on the x axis."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for corpus, of_corpus in by_corpus(rows).items():
+        for name, (curve, x) in runs.items():
+            gain = paired(of_corpus, name, control)
+            if gain.seeds:
+                curves.setdefault(f"{corpus}, {curve}", []).append((x, gain.mean))
+    return curves
