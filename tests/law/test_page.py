@@ -16,7 +16,7 @@ from parscale.cost.model import Workload
 from parscale.errors import InputError
 from parscale.law.fit import fit
 from parscale.law.page import to_javascript, write_page
-from parscale.law.plan import Budgets, Search, plan
+from parscale.law.planner import Budgets, Search, plan
 from parscale.law.runs import paper
 
 CHROMIUM = shutil.which("chromium")

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import parscale
 from parscale.cli import main
 from parscale.cost import formulas
 from parscale.cost.hardware import HARDWARE
 from parscale.cost.model import PAPER_SHAPES, Workload
 from parscale.errors import InputError
 from parscale.law.fit import Law, fit
-from parscale.law.plan import Budgets, Search, plan
 from parscale.law.plan_report import draw_frontier
+from parscale.law.planner import Budgets, Search, plan
 from parscale.law.runs import paper
 from parscale.law.units import parse_bytes, parse_seconds
 
@@ -88,6 +89,19 @@ def test_training_costs_p_times_or_two_percent_of_it(stack: Law) -> None:
     assert eight["two_stage_flops"] / one["train_flops"] == pytest.approx(1.12, abs=0.03)
 
 
+def test_shared_keys_leave_room_for_a_larger_model_where_the_cache_is_large(stack: Law) -> None:
+    rows = {}
+    for kv in ("own", "shared"):
+        work = Workload(batch=16, input=4096, accounting="counted", kv=kv)
+        found = plan("16GiB", None, "a100-80g", stack, dtypes=("bf16",), workload=work, samples=20)
+        rows[kv] = {row["streams"]: row for row in found.frontier}
+    for p in (2, 4, 8):
+        assert rows["shared"][p]["params"] > 1.05 * rows["own"][p]["params"]
+        seconds_a_parameter = {kv: rows[kv][p]["prefill_s"] / rows[kv][p]["params"] for kv in rows}
+        assert seconds_a_parameter["shared"] < 0.7 * seconds_a_parameter["own"]
+    assert rows["shared"][1] == rows["own"][1]
+
+
 def test_intervals_come_from_the_fit(stack: Law) -> None:
     best = plan("6GiB", law=stack, samples=40).best
     assert best["loss_low"] < best["loss"] < best["loss_high"]
@@ -142,6 +156,23 @@ def test_bad_or_impossible_plans_say_why_in_one_line(budget: dict, said: str) ->
     with pytest.raises(InputError, match=said) as caught:
         plan(**budget)
     assert "\n" not in str(caught.value)
+
+
+def test_the_public_face_fits_predicts_and_plans(tmp_path: Path) -> None:
+    """What the README and the design show, by the names that a user types."""
+    law = parscale.law.fit(parscale.law.paper("stack"))
+    assert (law.E, law.A, law.alpha, law.k) == pytest.approx((0.6912, 0.01131, 0.1894, 0.3935), rel=1e-3)
+    assert law.predict(1_595_669_000, 8) == pytest.approx(1.0383, abs=0.004)
+    path = tmp_path / "runs.csv"
+    rows = [
+        ",".join(f"{row[name]:.17g}" for name in ("params", "streams", "loss")) for row in parscale.law.paper("stack")
+    ]
+    path.write_text("params,streams,loss\n" + "\n".join(rows))
+    assert parscale.law.fit(path).coefficients == law.coefficients
+    chosen = parscale.law.plan(memory="6GiB", latency="40ms", hardware="l4", law=law, samples=20)
+    assert isinstance(chosen, parscale.law.Plan)
+    assert chosen.best["memory_gib"] <= 6
+    assert chosen.best == plan("6GiB", "40ms", "l4", law, samples=20).best
 
 
 def test_units() -> None:

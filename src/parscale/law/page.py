@@ -17,7 +17,7 @@ from parscale.cost.hardware import HARDWARE
 from parscale.cost.model import BANDWIDTH_EFFICIENCY, DTYPES, FLOPS_EFFICIENCY, PAPER_SHAPES, Workload
 from parscale.errors import InputError
 from parscale.law.fit import fit
-from parscale.law.plan import PAPER_TOKENS, SECOND_STAGE, STREAMS, Search, law_for
+from parscale.law.planner import PAPER_TOKENS, SECOND_STAGE, STREAMS, Search, law_for
 from parscale.law.runs import CORPORA, paper
 
 _OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}

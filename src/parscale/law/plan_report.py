@@ -6,7 +6,7 @@ from typing import Any
 
 from parscale.cost.hardware import hardware_of
 from parscale.cost.model import Workload
-from parscale.law.plan import Budgets, Plan, Search, frontier_curves, law_for, plan
+from parscale.law.planner import Budgets, Plan, Search, frontier_curves, law_for, plan
 from parscale.law.units import parse_bytes, parse_seconds
 from parscale.output import print_json, print_table
 

@@ -21,10 +21,24 @@ def law_of(source: str, form: str = "paper") -> Law:
 def report_fit(
     source: str, form: str, samples: int, seed: int, rivals: bool, plot: Path | None, as_json: bool
 ) -> dict[str, Any]:
-    """Fit, judge and print. Returns what was printed as JSON would be."""
+    """Fit, judge, draw to `plot` if there is one, and print. Returns what was printed as JSON would be."""
     law = law_of(source, form)
+    report = judge(law, samples, seed, rivals) | {"source": source}
+    if plot is not None:
+        from parscale.law.plot import draw_law
+
+        report["plot"] = str(draw_law(law, plot, title=source if source in CORPORA else Path(source).stem))
+    if as_json:
+        print_json(report)
+    else:
+        _print_fit(report)
+    return report
+
+
+def judge(law: Law, samples: int, seed: int, rivals: bool) -> dict[str, Any]:
+    """All that is known of a fit: coefficients with 95 % intervals from `samples` refits, objective, R², residuals, the
+    fits without one size, and with `rivals` every form on the same runs and the verdict."""
     report: dict[str, Any] = {
-        "source": source,
         "form": law.form.name,
         "formula": law.form.formula,
         "coefficients": law.coefficients,
@@ -39,14 +53,6 @@ def report_fit(
         comparison = compare(law.runs)
         report["rivals"] = [_rival_row(rival) for rival in comparison.rivals]
         report["verdict"] = comparison.verdict
-    if plot is not None:
-        from parscale.law.plot import draw_law
-
-        report["plot"] = str(draw_law(law, plot, title=source if source in CORPORA else Path(source).stem))
-    if as_json:
-        print_json(report)
-    else:
-        _print_fit(report)
     return report
 
 
