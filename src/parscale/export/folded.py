@@ -201,6 +201,11 @@ class _Projection(nn.Module):
     """A linear layer on (B, T, P, in), with each stream's own LoRA and scales where it has them: y_p =
     ((x_p·s_in)·(W + A_p·B_p) + b)·s_out. Without the model's hooks, which count on another order of the rows."""
 
+    stream_lora_a: Tensor | None
+    stream_lora_b: Tensor | None
+    stream_scale_in: Tensor | None
+    stream_scale_out: Tensor | None
+
     def __init__(self, linear: Any, streams: int) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
@@ -212,12 +217,15 @@ class _Projection(nn.Module):
         if self.stream_scale_in is not None:
             x = x * self.stream_scale_in
         y = F.linear(x, self.weight, self.bias)
-        if self.stream_lora_a is not None:
+        if self.stream_lora_a is not None and self.stream_lora_b is not None:
             y = y + torch.einsum("btpi,pir,pro->btpo", x, self.stream_lora_a, self.stream_lora_b)
         return y if self.stream_scale_out is None else y * self.stream_scale_out
 
 
 class _Attention(nn.Module):
+    prefix_k: Tensor
+    prefix_v: Tensor
+
     def __init__(self, attention: Any, decoder: FoldedDecoder, kv_heads: int) -> None:
         super().__init__()
         self.streams, self.kv_streams, self.head_dim = decoder.streams, decoder.kv_streams, decoder.head_dim

@@ -3,6 +3,7 @@
 Knows the names that onnxruntime-genai expects, and how the weights of the linear layers become 8 or 4 bits there. The
 prefix is a constant of the graph: the engine's cache, positions and prompts are a plain model's.
 """
+# pyright: reportMissingImports=false
 
 import json
 from pathlib import Path

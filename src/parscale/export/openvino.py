@@ -4,7 +4,9 @@ Knows the graph's form that openvino-genai turns into paged attention. That engi
 the graph wants to find in it at the start: so the prefix enters as n placeholder tokens in front of every prompt, whose
 keys and values are overwritten. The tokenizer and the chat template written here put them there.
 """
+# pyright: reportMissingImports=false
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +73,34 @@ def put_placeholders_in_front(tokenizer: Any, n: int) -> int:
     """Let the tokenizer, and its chat template, put n placeholder tokens in front of every text. Returns their id.
 
     Raises:
-        InputError: the tokenizer has no fast backend.
+        InputError: the tokenizer has no fast backend, or a post-processor of another kind.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{type(tokenizer).__name__} has no fast backend, which OpenVINO's tokenizers are made from")
-    from tokenizers import processors
-
     tokenizer.add_special_tokens({"additional_special_tokens": [PLACEHOLDER]}, replace_extra_special_tokens=False)
     placeholder = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
-    front = processors.TemplateProcessing(
-        single=[PLACEHOLDER] * n + ["$A"], special_tokens=[(PLACEHOLDER, placeholder)]
-    )
-    backend = tokenizer.backend_tokenizer
-    backend.post_processor = (
-        processors.Sequence([backend.post_processor, front]) if backend.post_processor is not None else front
-    )
+    tokenizer.backend_tokenizer.post_processor = _post_processor(tokenizer, placeholder, n)
     if tokenizer.chat_template is not None:  # a template's text is tokenised without the post-processor
         tokenizer.chat_template = PLACEHOLDER * n + tokenizer.chat_template
     return placeholder
+
+
+def _post_processor(tokenizer: Any, placeholder: int, n: int) -> Any:
+    """The tokenizer's own, with the placeholders in front of what it puts in front. One template in all: of several,
+    OpenVINO's converter takes the first."""
+    from tokenizers import processors
+
+    own = json.loads(tokenizer.backend_tokenizer.to_str())["post_processor"] or {"type": "Sequence", "processors": []}
+    steps = {step["type"]: step for step in (own["processors"] if own["type"] == "Sequence" else [own])}
+    if unknown := steps.keys() - {"ByteLevel", "TemplateProcessing"}:
+        raise InputError(f"the tokenizer's post-processors {sorted(unknown)} are not among those that can be exported")
+    template = steps.get("TemplateProcessing", {"single": [{"Sequence": {"id": "A"}}], "special_tokens": {}})
+    pieces = [PLACEHOLDER] * n
+    for piece in template["single"]:
+        pieces.append("$A" if "Sequence" in piece else piece["SpecialToken"]["id"])
+    known = [(name, token["ids"][0]) for name, token in template["special_tokens"].items()]
+    with_front = processors.TemplateProcessing(single=pieces, special_tokens=[*known, (PLACEHOLDER, placeholder)])
+    return processors.Sequence([processors.ByteLevel(), with_front]) if "ByteLevel" in steps else with_front
 
 
 def stateful_graph(decoder: FoldedDecoder) -> Any:

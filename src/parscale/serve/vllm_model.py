@@ -5,6 +5,7 @@ keys and values lie once in the cache, in blocks that all requests see (vLLM's S
 keys and values are plain grouped-query attention, with the blocks of a plain model. A model's forward is not touched:
 its rotary embedding and attention are put into wrappers that fold, and three hooks duplicate, update and merge.
 """
+# pyright: reportMissingImports=false
 
 import functools
 from collections.abc import Callable, Iterable
@@ -41,7 +42,7 @@ class _Streams:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         settings = StreamsConfig.from_json(vars(vllm_config.model_config.hf_config))
         check_servable(settings, vllm_config.cache_config.block_size)
-        self.stream_places: dict[str, Callable[[Tensor], None]] = {}
+        self.stream_places: dict[str, Callable[[Tensor], Any]] = {}
         self._put_streams_into_attention(settings, vllm_config)
         self._put_updates_into_projections(settings)
         self._duplicate_and_merge(settings)

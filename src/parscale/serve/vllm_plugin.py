@@ -3,6 +3,7 @@
 Every process of vLLM calls `register` at its start. What it changes in vLLM it changes on tested versions only; on any
 other, a model with streams is refused where it would be built, and plain models run as ever.
 """
+# pyright: reportMissingImports=false
 
 from typing import Any
 
