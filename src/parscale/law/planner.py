@@ -258,9 +258,12 @@ def _nothing_fits(search: Search, streams: list[int], dtypes: list[str]) -> str:
     candidates = [search.row(search.range()[0], p, dtype) for p in streams for dtype in dtypes]
     least = min(candidates, key=lambda row: (row["memory_gib"], row["token_latency_s"]))
     needs = f"{least['memory_gib']:.3g} GiB and {1e3 * least['token_latency_s']:.3g} ms a token"
+    asked = f"memory {search.budgets.memory / GIB:.3g} GiB"
+    if np.isfinite(search.budgets.latency):
+        asked += f", latency {1e3 * search.budgets.latency:.3g} ms a token"
     if search.budgets.train_flops is not None:
+        asked += f", {search.budgets.train_flops:.2g} training FLOP"
         needs += f" and {least['train_flops']:.2g} training FLOP"
-    asked = f"memory {search.budgets.memory / GIB:.3g} GiB, latency {1e3 * search.budgets.latency:.3g} ms a token"
     return (
         f"nothing fits {asked} on {search.machine.name}: the smallest model considered ({least['params'] / 1e6:.0f}M "
         f"parameters, P={least['streams']}, {least['dtype']}) needs {needs}"
