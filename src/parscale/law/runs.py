@@ -78,7 +78,8 @@ def _rows(runs: Any) -> list[Mapping[str, Any]]:
         path = Path(runs)
         if not path.is_file():
             raise InputError(
-                f"runs file {str(path)!r} does not exist or is no file: give a CSV with the columns params, streams, loss"
+                f"runs file {str(path)!r} does not exist, or is no file: "
+                "give a CSV with the columns params, streams, loss"
             )
         try:
             with path.open(newline="", encoding="utf-8") as file:
