@@ -131,7 +131,7 @@ def build(row: dict[str, Any]) -> Any:
     if row["code"] != "plain":
         parallelize(model, StreamsConfig(row["streams"], prefix_init="normal"))
     if row["checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from parscale.train.checkpoints import Checkpoints, load_random_state, load_state, save_state
@@ -94,7 +94,10 @@ class FaultTolerance:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.store_flos()  # type: ignore[attr-defined]
         with self.checkpoints.writing(self.state.global_step) as folder:
-            progress = {"skipped": self.skipped, "processes": self.args.world_size}
+            progress = {
+                "skipped": self.skipped,
+                "waited": [one.early_stopping_patience_counter for one in self._patient()],
+            }
             save_state(folder, self._bare_model(), self._bare_optimizer(), self.lr_scheduler, progress)
             if self.args.should_save:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
@@ -106,6 +109,8 @@ class FaultTolerance:
         if checkpoint is not None:
             progress = load_state(Path(checkpoint), self._bare_model(), self._bare_optimizer(), self.lr_scheduler)
             self.skipped = progress["skipped"]
+            for callback, waited in zip(self._patient(), progress["waited"], strict=True):
+                callback.early_stopping_patience_counter = waited
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -113,6 +118,10 @@ class FaultTolerance:
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is none: bfloat16 and float32 need no loss scaling."""
+
+    def _patient(self) -> list[Any]:
+        """The callbacks that stop a run which does not get better: they count evaluations."""
+        return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]  # type: ignore[attr-defined]
 
     def _bare_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
