@@ -56,7 +56,7 @@ print(model(torch.arange(8)[None]).logits.sum().item())
 LAYERS = (
     {"config", "errors", "output"},
     {"streams"},
-    {"load", "generate", "train", "probe", "law", "cost"},
+    {"load", "generate", "train", "probe", "evaluate", "law", "cost"},
     {"experiments", "serve", "export", "hub"},
     {"cli"},
 )
