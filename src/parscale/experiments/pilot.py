@@ -20,7 +20,7 @@ from parscale.streams.parallelize import parallelize
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import read_documents, split_documents
 from parscale.train.data import PackedText, load_text, sample
-from parscale.train.stages import count_stream_parameters
+from parscale.train.stages import count_stream_parameters, freeze_backbone
 from parscale.train.trainer import check_output, train
 
 STREAMS = (2, 4)
@@ -134,7 +134,7 @@ def compare(ours: DocumentLosses, theirs: DocumentLosses) -> tuple[float, float,
 def judge(rows: Sequence[PilotRow], over_lora: Mapping[str, tuple[float, float, float]], documents: int) -> str:
     """One plain sentence."""
     if documents < LEAST_DOCUMENTS:
-        return f"Undecided: {documents} held-out documents are too few for an interval; give text in more documents."
+        return f"Undecided: held-out documents are too few ({documents}) for an interval; give text in more documents."
     streamed = [row for row in rows if row.name in over_lora]
     best = max(streamed, key=lambda row: row.gain or -math.inf)
     gain, low, high = best.gain or 0.0, best.low or 0.0, best.high or 0.0
@@ -186,8 +186,7 @@ def _plan(
 def _seconds_of_a_step(name: str, text: PackedText, streams: StreamsConfig, batch_size: int) -> float:
     """The quicker of two steps, with a third more for evaluations and the optimiser."""
     model = parallelize(_on_device(load_model(name)), streams)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_("stream" in parameter_name or "prefix" in parameter_name)
+    freeze_backbone(model, "frozen")
     ids = sample(text.train, batch_size).to(model.device)
     seconds = []
     for _ in range(2):

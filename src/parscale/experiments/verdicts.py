@@ -4,6 +4,7 @@ A gain is the control's validation loss minus a run's, of the same seed and text
 needed to decide; below that a claim is undecided, whatever the numbers.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ Outcome = Literal["supported", "not supported", "undecided", "not run"]
 Row = dict[str, Any]
 SEEDS = 3
 RESAMPLES = 10_000
+ROUNDING = 1e-9
+"""Nats: a spread below it is none."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class Gain:
             return "not run"
         if self.seeds == 1:
             return f"{self.mean:+.4f} (one seed)"
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}], {self.deviations:+.1f} sd, {self.seeds} seeds"
+        spread = "" if math.isnan(self.deviations) else f", {self.deviations:+.1f} sd"
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]{spread}, {self.seeds} seeds"
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def gain_of(values: Sequence[float], reference: Sequence[float]) -> Gain:
         return Gain(mean, nothing, nothing, nothing, 1)
     spread = statistics.stdev(reference)
     low, high = interval(gains)
-    return Gain(mean, mean / spread if spread > 0 else nothing, low, high, len(gains))
+    return Gain(mean, mean / spread if spread > ROUNDING else nothing, low, high, len(gains))
 
 
 def interval(values: Any) -> tuple[float, float]:

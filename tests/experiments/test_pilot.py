@@ -1,0 +1,72 @@
+"""The pilot on a tiny model that the test trains: honest controls, a LoRA of equal size, and a plain verdict."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parscale.config import StreamsConfig
+from parscale.errors import InputError
+from parscale.evaluate import DocumentLosses
+from parscale.experiments.pilot import PilotRow, compare, judge, run_pilot
+from parscale.train.config import TrainConfig
+from parscale.train.trainer import train
+from tests.corpora import write_corpus
+
+FAR = {"P=4": (0.1, 0.05, 0.2)}
+
+
+def row(gain: float, low: float, high: float, name: str = "P=4") -> PilotRow:
+    return PilotRow(name, 3.0, gain, low, high, 10, True, 1.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "over_lora", "documents", "answer"),
+    [
+        ([row(0.2, 0.1, 0.3)], FAR, 20, "Yes: P=4 gains +0.2000"),
+        ([row(0.2, 0.1, 0.3)], {"P=4": (-0.1, -0.2, -0.05)}, 20, "No, take the LoRA"),
+        ([row(0.2, 0.1, 0.3)], {"P=4": (0.0, -0.2, 0.2)}, 20, "Undecided"),
+        ([row(-0.2, -0.3, -0.1)], FAR, 20, "No: "),
+        ([row(0.2, -0.1, 0.3)], FAR, 20, "Undecided"),
+        ([row(0.2, 0.1, 0.3)], FAR, 3, "Undecided: held-out documents are too few (3)"),
+        ([row(0.1, 0.05, 0.2, "P=2"), row(0.2, 0.1, 0.3)], FAR | {"P=2": (0.0, 0.0, 0.0)}, 20, "Yes: P=4"),
+    ],
+)
+def test_the_verdict(rows: list[PilotRow], over_lora: dict, documents: int, answer: str) -> None:
+    assert judge(rows, over_lora, documents).startswith(answer)
+
+
+def test_a_gain_over_documents_weighs_them_by_their_tokens() -> None:
+    tokens = np.array([10, 30, 60])
+    ours, theirs = DocumentLosses(np.array([20.0, 60, 120]), tokens), DocumentLosses(np.array([30.0, 75, 126]), tokens)
+    gain, low, high = compare(ours, theirs)
+    assert gain == pytest.approx((10 + 15 + 6) / 100)
+    assert (low, high) == (pytest.approx(0.1, abs=0.02), pytest.approx(1.0, abs=0.02))
+    assert math.isnan(
+        compare(DocumentLosses(ours.nats[:1], tokens[:1]), DocumentLosses(theirs.nats[:1], tokens[:1]))[1]
+    )
+
+
+@pytest.mark.slow
+def test_a_pilot_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARSCALE_CACHE", str(tmp_path / "cache"))
+    data = (str(write_corpus(tmp_path / "corpus")),)
+    plain = StreamsConfig(1, 0)
+    settings = {"data": data, "vocab_size": 384, "block_size": 32, "batch_size": 8, "tokens": 5 * 256}
+    train(TrainConfig("pretrain", tmp_path / "base", "pico", plain, evaluations=1, **settings))  # type: ignore[arg-type]
+    base, out = str(tmp_path / "base"), tmp_path / "out"
+    record = run_pilot(base, data=data, minutes=0.01, out=out, block_size=32, batch_size=8)
+    rows = {entry["name"]: entry for entry in record["rows"]}
+    assert list(rows) == ["control", "P=2", "P=4", "LoRA"]
+    assert rows["LoRA"]["parameters"] == pytest.approx(rows["P=4"]["parameters"], rel=0.1)
+    assert rows["P=4"]["gain"] == pytest.approx(rows["control"]["loss"] - rows["P=4"]["loss"])
+    assert rows["P=4"]["latency_ratio"] > 0
+    assert record["verdict"].startswith("Undecided: held-out documents are too few (1)")
+    assert json.loads((out / "pilot.json").read_text())["steps"] == record["steps"]
+    again = run_pilot(base, data=data, minutes=5, out=out, block_size=32, batch_size=8)
+    assert [entry["loss"] for entry in again["rows"]] == [entry["loss"] for entry in record["rows"]]
+    assert again["steps"] == record["steps"]  # what has ended is not run again
+    with pytest.raises(InputError, match="not an empty folder"):
+        run_pilot(base, data=data, out=tmp_path / "base")

@@ -1,0 +1,192 @@
+"""A sweep trains each run once, whatever stops it, and gives the same text and base to all that are compared."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parscale.config import StreamsConfig
+from parscale.errors import InputError
+from parscale.experiments import sweep as sweeping
+from parscale.experiments.catalogue import CLAIMS
+from parscale.experiments.experiment import parse_corpora, planned
+from parscale.experiments.runs import SCALES, Run
+from parscale.experiments.shapes import configuration, gpu_hours
+from parscale.experiments.sweep import Task, read_rows, sweep
+from parscale.train.config import Balance
+from tests.corpora import write_corpus
+
+SMOKE = SCALES["smoke"]
+CONTROL = SMOKE.run("control", "code", SMOKE.prefix(1))
+STREAMED = replace(SMOKE.run("P=2", "code", SMOKE.prefix(2)), control=CONTROL)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
+    """Tasks that were performed, in order; nothing is trained."""
+    done: list[Task] = []
+
+    def perform(task: Task) -> dict[str, Any]:
+        for need in task.needs():
+            assert (need.folder / "train.json").exists()
+        done.append(task)
+        task.folder.mkdir(parents=True)
+        (task.folder / "train.json").write_text("{}")
+        return {"key": task.key, "name": task.run.name, "seed": task.seed, "scale": task.scale}
+
+    monkeypatch.setattr(sweeping, "perform", perform)
+    return done
+
+
+def run(folder: Path, runs: list[Run], experiment: str = "baseline", **options: Any) -> list[dict[str, Any]]:
+    given: dict[str, Any] = {"seeds": [0], "scale": "smoke", "corpora": {"code": ("x",)}} | options
+    return list(sweep(experiment, runs, results=folder / "results", work=folder / "work", **given))
+
+
+def names(tasks: list[Task]) -> list[str]:
+    return [task.run.name for task in tasks]
+
+
+def test_finished_rows_are_not_run_again(tmp_path: Path, trained: list[Task]) -> None:
+    assert len(run(tmp_path, [CONTROL, STREAMED])) == 2
+    assert run(tmp_path, [CONTROL, STREAMED]) == []
+    assert [row["seed"] for row in run(tmp_path, [CONTROL, STREAMED], seeds=[0, 1])] == [1, 1]
+    assert names(trained) == ["control", "P=2"] * 2
+
+
+def test_a_row_of_another_experiment_is_taken_over_under_its_own_name(tmp_path: Path, trained: list[Task]) -> None:
+    run(tmp_path, [CONTROL])
+    (row,) = run(tmp_path, [replace(CONTROL, name="one stream")], "dynamic")
+    assert (row["experiment"], row["name"]) == ("dynamic", "one stream")
+    assert len(trained) == 1
+
+
+def test_a_line_that_a_kill_cut_short_is_no_row(tmp_path: Path, trained: list[Task]) -> None:
+    run(tmp_path, [CONTROL])
+    file = tmp_path / "results" / "baseline.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"key": "cut sho')
+    assert len(read_rows(file)) == 1
+    run(tmp_path, [CONTROL, STREAMED])
+    assert [row["name"] for row in map(json.loads, file.read_text().splitlines())] == ["control", "P=2"]
+    file.write_bytes(b"no json\n" + whole)
+    with pytest.raises(InputError, match="not JSON"):
+        read_rows(file)
+
+
+def test_models_that_others_need_come_first_and_stay(tmp_path: Path, trained: list[Task]) -> None:
+    base = SMOKE.base("code")
+    control = replace(CONTROL, stage="retrofit", start=base)
+    streamed = replace(STREAMED, stage="retrofit", start=base, control=control)
+    rows = run(tmp_path, [streamed, control])
+    assert names(trained) == ["base", "control", "P=2"]
+    assert [row["name"] for row in rows] == ["control", "P=2"]  # the base is no row
+    kept = {task.run.name for task in trained if task.folder.exists()}
+    assert kept == {"base", "control"}
+
+
+def test_a_needed_model_that_is_gone_is_trained_again_but_is_no_new_row(tmp_path: Path, trained: list[Task]) -> None:
+    run(tmp_path, [CONTROL])  # nothing needs it here, so it does not stay
+    rows = run(tmp_path, [CONTROL, STREAMED])
+    assert names(trained) == ["control", "control", "P=2"]
+    assert [row["name"] for row in rows] == ["P=2"]
+
+
+def test_after_the_minutes_nothing_is_begun(tmp_path: Path, trained: list[Task]) -> None:
+    assert run(tmp_path, [CONTROL, STREAMED], minutes=0) == []
+    assert trained == []
+
+
+def test_a_text_that_is_not_given_is_named(tmp_path: Path, trained: list[Task]) -> None:
+    with pytest.raises(InputError, match="--corpus code=PATH"):
+        run(tmp_path, [CONTROL], corpora={"law": ("x",)})
+
+
+def test_a_key_is_all_but_the_name() -> None:
+    key = CONTROL.key(0, "smoke")
+    assert replace(CONTROL, name="other").key(0, "smoke") == key
+    others = [
+        CONTROL.key(1, "smoke"),
+        CONTROL.key(0, "cpu"),
+        replace(CONTROL, corpus="law").key(0, "smoke"),
+        replace(CONTROL, tokens=512).key(0, "smoke"),
+        replace(CONTROL, streams=StreamsConfig(1, 8, smoothing=0.2)).key(0, "smoke"),
+        replace(CONTROL, balance=Balance(load_balance=0.1)).key(0, "smoke"),
+        replace(CONTROL, start=SMOKE.base("code")).key(0, "smoke"),
+    ]
+    assert len({key, *others}) == 1 + len(others)
+
+
+def test_corpora_by_name() -> None:
+    given = ["a/prose.train.jsonl.zst", "code=b/x.py", "code=c"]
+    assert parse_corpora(given) == {"prose": ("a/prose.train.jsonl.zst",), "code": ("b/x.py", "c")}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "gpu"])
+def test_the_runs_of_a_claim_are_distinct_and_can_be_ordered(name: str, scale: str) -> None:
+    runs = CLAIMS[name].runs(SCALES[scale], ["code", "prose"])
+    assert len({run.key(0, scale) for run in runs}) == len(runs)
+    assert len({(run.corpus, run.name) for run in runs}) == len(runs)
+    for run in runs:
+        assert run.tokens >= run.batch_size * run.block_size
+        if run.streams.streams > 1 and run.stage != "sft":
+            assert run.control is not None
+            assert run.control.tokens >= run.tokens  # the same, or, at equal compute, more
+
+
+def test_hours_of_the_paper_s_scale() -> None:
+    """The 1.6 B model with 8 streams on 42 B tokens: 6·1,595,669,000·8·42e9 / (989e12·0.4·3600) hours."""
+    run = SCALES["paper"].run("P=8", "code", StreamsConfig(8))
+    assert gpu_hours(run) == pytest.approx(6 * 1_595_669_000 * 8 * 42e9 / (989e12 * 0.4 * 3600), rel=1e-4)
+    assert {line["P"] for line in planned(CLAIMS["law"])} == {1, 2, 4, 8}
+
+
+def test_a_sparse_shape_has_the_active_width_of_the_dense_one() -> None:
+    dense, sparse = configuration("2x32x2", 300), configuration("2x32x2e8", 300)
+    assert sparse["moe_intermediate_size"] * sparse["num_experts_per_tok"] == dense["intermediate_size"]
+    with pytest.raises(InputError, match="LAYERSxHIDDENxHEADS"):
+        configuration("giant", 300)
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
+    """Killed without warning once the first row is there; its rows stay, and each run is in the file once."""
+    corpus = write_corpus(tmp_path / "corpus")
+    command = [sys.executable, "-m", "parscale.cli", "experiment", "baseline", "--corpus", f"code={corpus}"]
+    environment = os.environ | {"PARSCALE_CACHE": str(tmp_path / "cache")}
+    file = tmp_path / "results" / "baseline.jsonl"
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
+        while not (file.exists() and file.read_text().count("\n")):
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+    before = read_rows(file)
+    subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, check=True)
+    after = read_rows(file)
+    assert after[: len(before)] == before
+    assert len(after) == len({row["key"] for row in after}) == len(CLAIMS["baseline"].runs(SMOKE, ["code"]))
+    streamed = [row for row in after if row["streams"] > 1]
+    assert all(row["measured"]["rho"] is not None for row in streamed)
+    assert len({row["fingerprint"] for row in after}) == 1
+    assert len({row["tokens"] for row in after}) == 1
+
+
+@pytest.mark.slow
+def test_workers_share_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 2 on another text than the base's, in two processes: the base first, its tokenizer for all."""
+    corpus = write_corpus(tmp_path / "corpus")
+    monkeypatch.setenv("PARSCALE_CACHE", str(tmp_path / "cache"))
+    runs = [run for run in CLAIMS["domains"].runs(SMOKE, ["code", "other"]) if "prefix+" not in run.name]
+    corpora = {"code": (str(corpus),), "other": (str(Path(__file__).parents[1]),)}
+    rows = run(tmp_path, runs, "domains", corpora=corpora, workers=2)
+    assert {row["name"] for row in rows} == {"control", "P=4, prefix", "LoRA"}
+    assert all(row["corpora"]["forgetting"]["before"] > 0 for row in rows)
+    assert CLAIMS["domains"].verdict(rows).outcome in ("undecided", "not run")

@@ -1,0 +1,228 @@
+"""Verdicts on rows whose answer is known."""
+
+import itertools
+import math
+import statistics
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parscale.errors import InputError
+from parscale.experiments.catalogue import CLAIMS, claim_named
+from parscale.experiments.claims import efficiency
+from parscale.experiments.verdicts import Outcome, combine, gain_of, interval, paired
+from tests.experiments.rows import row, seeds
+
+CONTROL = (3.0, 3.1, 3.2)
+
+
+def verdict(name: str, rows: list[dict[str, Any]]) -> Any:
+    return CLAIMS[name].verdict(rows)
+
+
+def test_a_gain_is_paired_by_seed_and_told_in_deviations_of_the_reference() -> None:
+    rows = [row("control", s, loss) for s, loss in ((2, 3.2), (0, 3.0), (1, 3.1))]
+    rows += [row("P=4", s, loss) for s, loss in ((0, 2.9), (1, 2.8), (2, 3.0), (3, 9.0))]
+    gain = paired(rows, "P=4", "control")
+    assert gain.mean == pytest.approx((0.1 + 0.3 + 0.2) / 3)
+    assert gain.deviations == pytest.approx(gain.mean / statistics.stdev([3.0, 3.1, 3.2]))
+    assert gain.seeds == 3
+
+
+def test_the_interval_is_that_of_all_resamples() -> None:
+    """Of four values there are 256 draws, and 2.5 % of them is 6.4."""
+    values = (0.1, 0.2, 0.6, 0.7)
+    means = [statistics.mean(drawn) for drawn in itertools.product(values, repeat=4)]
+    assert interval(values) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.03)
+    assert interval((0.1, 0.2, 0.6)) == pytest.approx((0.1, 0.6))  # 1 of 27 draws is thrice the least
+
+
+@pytest.mark.parametrize(
+    ("values", "outcome"),
+    [
+        ((2.9, 3.0, 3.1), "supported"),
+        ((3.1, 3.2, 3.3), "not supported"),
+        (CONTROL, "not supported"),
+        ((2.9, 3.2, 3.2), "undecided"),
+        ((2.9, 3.0), "undecided"),
+        ((2.9,), "undecided"),
+        ((), "not run"),
+    ],
+)
+def test_three_seeds_on_one_side_decide(values: tuple[float, ...], outcome: Outcome) -> None:
+    assert gain_of(values, CONTROL[: len(values)]).outcome == outcome
+
+
+def test_parts_that_disagree_leave_a_claim_undecided() -> None:
+    assert combine(["supported", "not run", "supported"]) == "supported"
+    assert combine(["supported", "not supported"]) == "undecided"
+    assert combine(["not run"]) == combine([]) == "not run"
+
+
+@pytest.mark.parametrize(("losses", "outcome"), [((2.9, 3.0, 3.1), "supported"), ((3.1, 3.2, 3.3), "not supported")])
+def test_baseline(losses: tuple[float, ...], outcome: str) -> None:
+    rows = seeds("control", *CONTROL) + seeds("P=1, no prefix", *CONTROL) + seeds("P=4, prefix", *losses)
+    found = verdict("baseline", rows)
+    assert found.outcome == outcome
+    assert found.curves == {"code, prefix": [(4.0, pytest.approx(3.1 - statistics.mean(losses)))]}
+    assert [line["run"] for line in found.table] == ["control", "P=1, no prefix", "P=4, prefix"]
+
+
+def test_texts_are_judged_apart() -> None:
+    rows = seeds("control", *CONTROL) + seeds("P=2, prefix", 2.9, 3.0, 3.1)
+    other = seeds("control", 1.0, 1.1, 1.2, corpus="law") + seeds("P=2, prefix", 1.1, 1.2, 1.3, corpus="law")
+    assert verdict("baseline", rows + other).outcome == "undecided"
+
+
+def test_aggregation() -> None:
+    measured = {"merged": 2.0, "uniform": 2.2, "probabilities": 2.1, "alone": [2.5, 2.3], "weights": [0.6, 0.4]}
+    rows = seeds("P=4, prefix, learned", 2.9, 3.0, 3.1, measured=measured)
+    found = verdict("aggregation", rows + seeds("P=4, prefix, mean", *CONTROL, measured=measured))
+    assert found.outcome == "supported"
+    assert found.table[0]["best stream alone"] == 2.3
+
+
+def test_smoothing() -> None:
+    rows = [
+        *seeds("P=2, ε=0", *CONTROL, measured={"weights": [0.95, 0.05]}),
+        *seeds("P=2, ε=0.1", 2.9, 3.0, 3.1, measured={"weights": [0.6, 0.4]}),
+    ]
+    found = verdict("smoothing", rows)
+    assert found.outcome == "supported"
+    assert [line["monoculture"] for line in found.table] == ["3 of 3", "0 of 3"]
+    assert found.curves["code, P=2"] == [(0.0, pytest.approx(0.95)), (0.1, pytest.approx(0.6))]
+
+
+def test_dynamic_adds_what_fewer_streams_lose_to_the_loss_of_all() -> None:
+    measured = {"merged": 2.5, "at": {"1": 3.5, "2": 2.9, "4": 2.5}}
+    rows = seeds("control", *CONTROL)
+    for name in ("trained at P=4", "trained at random p"):
+        rows += seeds(name, 2.5, 2.6, 2.7, measured=measured)
+    found = verdict("dynamic", rows)
+    assert found.outcome == "supported"  # 2.5 + 0.4 = 2.9 against 3.0
+    assert found.table[0]["p=2"] == pytest.approx(3.0)
+    assert found.table[0]["p=1"] == pytest.approx(3.6)
+
+
+@pytest.mark.parametrize(("sign", "outcome"), [(1, "supported"), (-1, "not supported")])
+def test_theory(sign: int, outcome: str) -> None:
+    """Gains that rise, or fall, with what the theory predicts."""
+    rows = seeds("control", *CONTROL)
+    for i, rho in enumerate((0.1, 0.3, 0.5, 0.7)):
+        gain = sign * 0.1 * (1 - rho)
+        rows += seeds(f"P=4, {i}", *(loss - gain for loss in CONTROL), streams=4, measured={"rho": rho})
+    found = verdict("theory", rows)
+    assert found.outcome == outcome
+    assert found.table[0]["[(P−1)ρ+1]/P"] == pytest.approx((3 * 0.1 + 1) / 4)
+
+
+def test_prefix() -> None:
+    bands = [[0.4, 0.4], [0.3, 0.3], [0.1, 0.2]]
+    measured = {"prefix_attention_by_position": bands, "rho_by_position": [0.9, 0.8]}
+    rows = seeds("control, n=48", *CONTROL) + seeds("n=48", 2.9, 3.0, 3.1, measured=measured)
+    found = verdict("prefix", rows)
+    assert found.outcome == "supported"
+    assert (found.table[0]["attention on it, first eighth"], found.table[0]["last eighth"]) == (
+        0.4,
+        pytest.approx(0.15),
+    )
+
+
+def law_rows(k: float, seeds: int = 3) -> list[dict[str, Any]]:
+    """Losses of a known law at the paper's sizes, with noise of 0.0005 nats."""
+    noise, rows = np.random.default_rng(0), []
+    for n, p, seed in itertools.product((0.5e9, 0.7e9, 1.1e9, 1.6e9, 2.8e9), (1, 2, 4, 8), range(seeds)):
+        loss = 0.7 + (0.0113e9 / (n * (k * math.log(p) + 1))) ** 0.19 + noise.normal(scale=5e-4)
+        rows.append(row(f"{n:g}, P={p}", seed, loss, params=n, streams=p))
+    return rows
+
+
+@pytest.mark.slow
+def test_a_known_law_is_found_again() -> None:
+    found = verdict("law", law_rows(0.4))
+    assert found.outcome == "supported"
+    k = float(found.reason.split("k = ")[1].split()[0])
+    assert k == pytest.approx(0.4, abs=0.05)
+
+
+def test_a_law_of_one_size_cannot_be_fitted() -> None:
+    rows = [r for r in law_rows(0.4, seeds=1) if r["params"] == 0.5e9]
+    assert verdict("law", rows).outcome == "undecided"
+
+
+def test_many_streams_judges_the_doublings_beyond_eight() -> None:
+    rows = seeds("control", *CONTROL)
+    for p, gain in ((8, 0.3), (16, 0.2), (32, 0.1)):
+        rows += seeds(f"P={p}", *(loss - gain for loss in CONTROL))
+    assert verdict("many-streams", rows).outcome == "not supported"
+
+
+def test_data_compares_the_gains_at_least_and_most_tokens() -> None:
+    rows = []
+    for factor, gain in ((0.5, 0.05), (1, 0.1), (2, 0.2)):
+        rows += seeds(f"control, {factor:g} × tokens", *CONTROL)
+        rows += seeds(f"P=2, {factor:g} × tokens", *(loss - gain for loss in CONTROL))
+    found = verdict("data", rows)
+    assert found.outcome == "supported"
+    assert [x for x, _ in found.curves["code, P=2"]] == [-1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(("kept", "outcome"), [(0.19, "undecided"), (0.1, "not supported"), (0.2, "supported")])
+def test_split_asks_for_95_percent_of_the_gain(kept: float, outcome: str) -> None:
+    """Of a gain of 0.2 nats, 0.1906 are needed."""
+    rows = seeds("control", *CONTROL) + seeds("share 1", 2.8, 2.9, 3.0)
+    rows += seeds("share 0.1", 3.0 - kept, 3.1 - kept, 3.2 - (0.2 if outcome == "undecided" else kept))
+    assert verdict("split", rows).outcome == outcome
+
+
+def test_moe_wants_both_kinds_to_gain() -> None:
+    rows = seeds("dense, control", *CONTROL) + seeds("sparse, control", *CONTROL)
+    rows += seeds("dense, P=2", 2.9, 3.0, 3.1, streams=2) + seeds("sparse, P=2", 2.8, 2.9, 3.0, streams=2)
+    assert verdict("moe", rows).outcome == "supported"
+    assert "sparse over dense: +0.1000" in verdict("moe", rows).reason
+
+
+def test_domains_compares_with_the_lora_and_tells_what_is_forgotten() -> None:
+    home = {"corpora": {"forgetting": {"before": 2.0, "after": 2.5}}, "stream_parameters": 7}
+    rows = seeds("control", *CONTROL, **home) + seeds("P=4, prefix+lora", 2.8, 2.9, 3.0, **home)
+    found = verdict("domains", rows + seeds("LoRA", 2.9, 3.0, 3.1, **home))
+    assert found.outcome == "supported"
+    assert found.table[0]["loss at home rises by"] == 0.5
+
+
+def test_sft() -> None:
+    rows = seeds("control", *CONTROL) + seeds("P=2", 3.1, 3.2, 3.3)
+    assert verdict("sft", rows).outcome == "not supported"
+
+
+def efficiency_rows(cases: dict[tuple[str, int], tuple[float, float]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "scale": "gpu", "size": size, "streams": p, "batch": 1, "latency_s": seconds, "memory_gib": gib,
+            "layers": 36, "layers_of_model": 36, "machine": {"name": "M"},
+            "measured": {"request": {"median": seconds, "q1": seconds, "q3": seconds}, "peak_gib": gib},
+        }
+        for (size, p), (gib, seconds) in cases.items()
+    ]  # fmt: skip
+
+
+def test_efficiency_gives_the_paper_s_ratios_for_the_paper_s_costs() -> None:
+    """GiB and seconds of the released analysis, averaged over lengths: 22.55 and 6.43."""
+    paper = {
+        ("1.6B", 1): (3.442, 0.4825), ("1.6B", 8): (3.587, 0.5550),
+        ("2.8B", 1): (5.832, 0.8227), ("4.4B", 1): (8.921, 1.2619),
+    }  # fmt: skip
+    found = efficiency.verdict(efficiency_rows(paper))
+    assert found.outcome == "supported"
+    assert found.table[0]["memory ratio, measured"] == pytest.approx(22.55, abs=0.1)
+    assert found.table[0]["latency ratio, measured"] == pytest.approx(6.43, abs=0.03)
+    slow = paper | {("1.6B", 8): (3.587, 2.0)}
+    assert efficiency.verdict(efficiency_rows(slow)).outcome == "not supported"
+    del paper["2.8B", 1]
+    assert efficiency.verdict(efficiency_rows(paper)).outcome == "not run"
+
+
+def test_an_unknown_experiment_is_refused() -> None:
+    with pytest.raises(InputError, match="baseline, aggregation"):
+        claim_named("basline")
