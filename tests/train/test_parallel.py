@@ -139,12 +139,12 @@ def test_more_processes_than_streams_stop_before_the_first_step(base, corpus, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_accelerate_launches_the_command(sharded: bool, base: Path, corpus: Path, alone: Path, tmp_path: Path) -> None:
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+def test_launchers_start_the_command(sharded: bool, base: Path, corpus: Path, alone: Path, tmp_path: Path) -> None:
     if sharded:
+        launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
         launcher += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
     else:
-        launcher += ["--cpu"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [
         "-m", "parscale.cli", "train", "retrofit", "--output", tmp_path / "out", "--model", base, "--data", corpus,
         "--cache-dir", corpus.parent / "cache", "--streams", "2", "--prefix-tokens", "4", "--diversify", "prefix",
