@@ -91,8 +91,11 @@ def _quantization(bits: str) -> dict[str, Any]:
                 bnb_4bit_compute_dtype=torch.bfloat16,
             )
         else:
-            from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
-            from torchao.quantization.granularity import PerGroup
+            from torchao.quantization import (  # type: ignore[import-not-found]
+                Int8WeightOnlyConfig,
+                IntxWeightOnlyConfig,
+            )
+            from torchao.quantization.granularity import PerGroup  # type: ignore[import-not-found]
             from transformers import TorchAoConfig
 
             # torchao's packed 4-bit kernels for CPUs have no backward pass; these values lie in a byte each
