@@ -68,7 +68,7 @@ def run(folder: Path, repeat: int = 1, reserve: bool = True, **options: Any) -> 
     settings = {"model": str(folder), "prompts": prompts(), "new": NEW, "repeat": repeat, "reserve": reserve}
     done = subprocess.run(
         [sys.executable, "-m", "tests.vllm.engine", json.dumps(settings | {"options": options})],
-        capture_output=True, text=True, check=False, timeout=900,
+        capture_output=True, text=True, check=False, timeout=1800,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-4000:]
@@ -105,10 +105,15 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert_equal(run(folder)["rounds"][0], reference(folder))
 
 
-def test_chunked_prefill_and_compile(tmp_path: Path) -> None:
+def test_chunked_prefill(tmp_path: Path) -> None:
     folder = save(tmp_path / "m", streams=OWN)
-    told = run(folder, max_num_batched_tokens=32, enable_chunked_prefill=True, enforce_eager=False)
+    told = run(folder, max_num_batched_tokens=32, enable_chunked_prefill=True)
     assert_equal(told["rounds"][0], reference(folder))
+
+
+def test_compiled(tmp_path: Path) -> None:
+    folder = save(tmp_path / "m", streams=OWN)
+    assert_equal(run(folder, enforce_eager=False)["rounds"][0], reference(folder))
 
 
 def test_tensor_parallel(tmp_path: Path) -> None:

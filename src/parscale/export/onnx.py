@@ -5,6 +5,7 @@ prefix is a constant of the graph: the engine's cache, positions and prompts are
 """
 # pyright: reportMissingImports=false
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def write_onnx(model: Any, tokenizer: Any, folder: Path, weights: str = "float32
             f"--to onnx needs packages that are not here: pip install 'parscale[onnx]' ({error})"
         ) from None
     decoder = FoldedDecoder(model).eval()
+    if decoder.lm_head.weight is decoder.embed.weight:
+        decoder.lm_head = copy.deepcopy(decoder.lm_head)  # a matrix that is looked up too would not be quantised
     past = decoder.cache_names
     with torch.no_grad():
         program: Any = torch.onnx.export(

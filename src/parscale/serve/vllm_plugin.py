@@ -8,6 +8,7 @@ other, a model with streams is refused where it would be built, and plain models
 from typing import Any
 
 import vllm
+from torch import nn
 from vllm import ModelRegistry
 
 from parscale.errors import InputError
@@ -29,7 +30,7 @@ def register() -> None:
             ModelRegistry.register_model(model_class.__name__, place)
 
 
-class Untested:
+class Untested(nn.Module):
     """What a model with streams is on a vLLM that this plugin was not tested with."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
