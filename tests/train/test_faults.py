@@ -145,6 +145,24 @@ def test_a_loss_that_is_not_finite_is_passed_over(noisy, short, tmp_path, monkey
     assert train(run_of(tmp_path / "out", short, model=str(noisy), save_every=None)).skipped_steps == 1
 
 
+def test_patience_is_not_forgotten(noisy, short, tmp_path, monkeypatch) -> None:
+    """Evaluations without a gain, some before the run is stopped and some after it."""
+    losses = iter([5.0] * 5)  # at the start, at steps 3 (the best to beat), 6, 9 and, if it is forgotten, 12
+    patient = {"evaluations": 4, "patience": 2, "smooth_validation": 0.0, "save_every": None}
+
+    def evaluate(self: StreamsTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {"eval_loss": next(losses)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(StreamsTrainer, "evaluate", evaluate)
+    _in_step(monkeypatch, 7, lambda trainer: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train(run_of(tmp_path / "out", short, model=str(noisy), **patient))
+    assert train(run_of(tmp_path / "out", short, model=str(noisy), resume=True, **patient)).steps == 9
+
+
 def test_many_in_a_row_stop_the_run(noisy, short, tmp_path, monkeypatch) -> None:
     output = tmp_path / "out"
     for step in (5, 6, 7):
