@@ -165,7 +165,8 @@ def _cases(shape: Shape, asked: list[Workload], device: str) -> list[Case]:
 
     work = asked[0]
     torch.manual_seed(0)
-    config = (Qwen2Config if shape.bias else LlamaConfig)(
+    kind: Any = Qwen2Config if shape.bias else LlamaConfig
+    config = kind(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
