@@ -313,10 +313,12 @@ def test_fuzzed_bodies_never_crash_it(server: Server) -> None:
 
 @pytest.mark.slow
 def test_200_dropped_connections_leak_nothing(client: Any, server: Server, model: Any, tokenizer: Any) -> None:
+    before = server.metric("parscale_requests_total", route="/v1/completions")
     with ThreadPoolExecutor(PLACES + 2) as pool:
         left = [pool.submit(leave, server, stream=number % 2 == 0, wait=number % 4 == 0) for number in range(200)]
         for one in left:
             one.result()
+    assert until(lambda: server.metric("parscale_requests_total", route="/v1/completions") == before + 200)
     assert until(lambda: idle(server))
     assert complete(client, server, "x").choices[0].text == offline(model, tokenizer, "x", NEW, streams=4)
     assert len(complete(client, server, "x", n=PLACES).choices) == PLACES

@@ -1,6 +1,6 @@
 """OpenAI's HTTP interface over an `Engine`: the routes, who may ask, and every way in which a request is refused.
 
-transformers' own server (`transformers serve`) is not built upon: it loads whatever model a request names, and its
+transformers' own server (`transformers serve`) is not built upon: a route of it loads any model it is told to, and its
 continuous batching samples every request as the first one asked. Its batching manager is (engine.py).
 """
 
