@@ -255,6 +255,8 @@ def _perform_all(
                 return
             yield task, perform(task)
         return
+    for task in {(task.run.corpus, task.run.root.corpus, task.run.stage): task for task in tasks}.values():
+        _text_of(task)  # so that the workers find its tokens in the cache, and do not all make them
     context = get_context("spawn")
     numbers = context.Queue()
     for number in range(count):
