@@ -79,7 +79,6 @@ class Server:
 
     def stop(self) -> tuple[int, str]:
         """SIGTERM; the exit code and what stood on stderr."""
-        self.http.close()
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=120), self.process.stderr.read() if self.process.stderr else ""
 
@@ -96,7 +95,9 @@ def serving(folder: Path, *arguments: object) -> Iterator[Server]:
             assert process.stderr is not None
             told = re.search(r"at (http://\S+)/v1", process.stdout.readline())
             assert told, process.stderr.read()
-            yield Server(process, str(folder), told[1])
+            server = Server(process, str(folder), told[1])
+            with server.http:
+                yield server
         finally:
             process.kill()
 

@@ -73,15 +73,20 @@ HYBRID = {
 }  # fmt: skip
 
 
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "head_dim": 4, "first_k_dense_replace": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streams", [0, 2])
 @pytest.mark.parametrize(
-    ("family", "config", "streams"), [("bloom", {"n_head": 4}, 0), ("qwen3_next", HYBRID, 0), ("qwen3_next", HYBRID, 2)]
+    ("family", "config"), [("qwen3_next", HYBRID), ("deepseek_v3", LATENT), ("bloom", {"n_head": 4})]
 )
 def test_what_cannot_be_paged_is_refused(family: str, config: dict, streams: int, tokenizer: Any) -> None:
     model = build(family, vocab_size=258, **config)
-    if streams:
-        with_streams(model, streams=streams)
     with pytest.raises(InputError) as error:
-        Engine(model, tokenizer, Limits()).open(max(streams, 1))
+        Engine(with_streams(model, streams=streams) if streams else model, tokenizer, Limits()).open(max(streams, 1))
     assert "\n" not in str(error.value)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.utils import logger as batching_log
 
 from parscale.errors import InputError
 from parscale.load import first_line
@@ -90,10 +91,12 @@ class Engine:
             raise InputError(f"{type(model).__name__} cannot be served: {first_line(error)}") from None
         self.context = min(self.context, infer_max_single_request_tokens(manager.batch_processor.cache))
         self.managers[streams] = manager
+        batching_log.disabled = True  # a model that fails here is refused in one line, not with a traceback before it
         manager.add_request([0], max_new_tokens=1)
         tried = manager.get_result()
+        batching_log.disabled = False
         if tried is None or tried.error is not None:
-            self.close()
+            self.managers.pop(streams).stop(block=True, hard_stop=True)
             raise InputError(
                 f"{type(model).__name__} cannot be served: its first token failed ({tried and tried.error})"
             )
