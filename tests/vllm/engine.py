@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else two processes want two NUMA nodes
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 DEFAULTS = {
     "dtype": "float32", "block_size": 16, "max_model_len": 256, "max_num_seqs": 8, "skip_tokenizer_init": True,
