@@ -184,9 +184,11 @@ def test_workers_share_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Stage 2 on another text than the base's, in two processes: the base first, its tokenizer for all."""
     corpus = write_corpus(tmp_path / "corpus")
     monkeypatch.setenv("PARSCALE_CACHE", str(tmp_path / "cache"))
-    runs = [run for run in CLAIMS["domains"].runs(SMOKE, ["code", "other"]) if "prefix+" not in run.name]
+    runs = [run for run in CLAIMS["domains"].runs(SMOKE, ["code", "other"]) if run.name != "P=4, prefix"]
     corpora = {"code": (str(corpus),), "other": (str(Path(__file__).parents[1]),)}
     rows = run(tmp_path, runs, "domains", corpora=corpora, workers=2)
-    assert {row["name"] for row in rows} == {"control", "P=4, prefix", "LoRA"}
+    added = {row["name"]: row["stream_parameters"] for row in rows}
+    assert added.keys() == {"control", "P=4, prefix+lora", "LoRA"}
+    assert added["LoRA"] == pytest.approx(added["P=4, prefix+lora"], rel=0.05)
     assert all(row["corpora"]["forgetting"]["before"] > 0 for row in rows)
     assert CLAIMS["domains"].verdict(rows).outcome in ("undecided", "not run")

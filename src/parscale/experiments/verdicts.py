@@ -140,7 +140,8 @@ def over_control(rows: Sequence[Row], control: str = "control") -> list[Row]:
 
 def combine(outcomes: Sequence[Outcome]) -> Outcome:
     """Of all parts of a claim: what all say, or undecided. Parts that were not run are left out."""
-    run = {outcome for outcome in outcomes if outcome != "not run"}
+    run: set[Outcome] = set(outcomes)
+    run.discard("not run")
     if not run:
         return "not run"
     return run.pop() if len(run) == 1 else "undecided"

@@ -8,6 +8,7 @@ from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, names, paired
 from parscale.train.prepare import FORGETTING
+from parscale.train.shapes import SHAPES
 
 P = 4
 
@@ -20,7 +21,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     found = []
     for domain in domains:
         common = {"stage": "frozen", "start": scale.base(home), "forgetting": home}
-        lora = StreamsConfig(1, 0, diversify=("lora",), lora_rank=P * scale.lora_rank)
+        lora = StreamsConfig(1, 0, diversify=("lora",), lora_rank=equal_rank(scale))
         found += against(
             scale.run("control", domain, scale.prefix(1), **common),
             [
@@ -30,6 +31,16 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
             ],
         )
     return found
+
+
+def equal_rank(scale: Scale) -> int:
+    """The rank at which one LoRA has, as nearly as it can, the parameters of P streams with a prefix and a LoRA each:
+    on the query, key, value, gate and up projections of a named shape, with P prefixes and the aggregation head."""
+    layers, d, _ = SHAPES[scale.model]
+    of_one_rank = layers * (6 * d + 2 * (d + 8 * d // 3 // 8 * 8))
+    prefixes = 2 * layers * P * scale.prefix(P).prefix_tokens * d
+    head = P * d * d + d + d * P + P
+    return P * scale.lora_rank + round((prefixes + head) / of_one_rank)
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
