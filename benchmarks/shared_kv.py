@@ -48,7 +48,9 @@ def generation(options: argparse.Namespace, built: dict[str, Any]) -> list[dict[
         cases |= {f"{kind} P={p}": Case(built[kind], p) for p in (1, STREAMS)}
     rows: list[dict[str, Any]] = []
     for tokens in options.prefill:
-        runs = {name: (lambda case=case, n=tokens: case.prefill(n)) for name, case in cases.items() if "P=1" not in name}
+        runs = {
+            name: (lambda case=case, n=tokens: case.prefill(n)) for name, case in cases.items() if "P=1" not in name
+        }
         rounds = max(3, min(options.rounds, options.rounds * 256 // tokens))
         rows += _timed({"phase": "prefill", "tokens": tokens}, runs, rounds)
     for context in options.contexts:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from tests.small import VOCABULARY, build, with_streams
 
-
 KINDS: dict[str, dict[str, Any]] = {"own": {}, "shared": {"kv": "shared", "diversify": ("prefix", "lora")}}
 
 

@@ -39,5 +39,7 @@ def test_a_run_that_gets_no_better_stops(base: Path, text: PackedText, tmp_path:
 
 
 def test_a_run_that_gets_better_goes_on(base: Path, text: PackedText, tmp_path: Path) -> None:
-    config = run("retrofit", tmp_path / "out", model=str(base), streams=STREAMS, patience=2, evaluations=5, learning_rate=1e-3)
+    config = run(
+        "retrofit", tmp_path / "out", model=str(base), streams=STREAMS, patience=2, evaluations=5, learning_rate=1e-3
+    )
     assert train(config, data=text).steps == 5
