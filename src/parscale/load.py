@@ -99,7 +99,8 @@ def _quantization(bits: str) -> dict[str, Any]:
             from transformers import TorchAoConfig
 
             # torchao's packed 4-bit kernels for CPUs have no backward pass; these values lie in a byte each
-            in4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+            int4: Any = vars(torch)["int4"]
+            in4 = IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(32))
             settings = TorchAoConfig(Int8WeightOnlyConfig() if bits == "int8" else in4)
     except ImportError as error:
         raise InputError(f"quantize={bits!r} needs a package: pip install 'parscale[quant]' ({error})") from None

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 
 from parscale.errors import InputError
@@ -126,7 +127,7 @@ def save_state(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any, p
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _alone_or_together() as options:
-        dcp.save(_tensors(model, optimizer), storage_writer=writer, **options)
+        save(_tensors(model, optimizer), storage_writer=writer, **options)
     (folder / f"rng-{_rank()}.json").write_text(json.dumps(_random_state()), encoding="utf-8")
     if _is_first():
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -152,7 +153,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -
             value = torch.zeros(saved.size, dtype=dtype, device=parameter.device if beside else "cpu")  # type: ignore[union-attr]
         optimizer.state[parameter][kind] = tensors[key] = value
     with _alone_or_together() as options:
-        dcp.load(tensors, storage_reader=reader, **options)
+        load(tensors, storage_reader=reader, **options)
     progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
     for group, saved in zip(optimizer.param_groups, progress.pop("groups"), strict=True):
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
@@ -209,7 +210,7 @@ def _trained(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, nn.Paramet
 
 
 @contextmanager
-def _alone_or_together() -> Iterator[dict[str, bool]]:
+def _alone_or_together() -> Iterator[dict[str, Any]]:
     """Arguments for torch, which warns of a single process even when it is told of it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -260,7 +261,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _cause(error: BaseException) -> BaseException:
+def _cause(error: BaseException) -> Any:
     """What went wrong, out of what torch wraps it in: a failure for each process."""
     failures = getattr(error, "failures", {})
     return next((wrapped[0] for wrapped in failures.values()), error)

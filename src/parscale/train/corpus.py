@@ -190,7 +190,7 @@ def _open_data_set(source: str, split: str, streaming: bool) -> Any:
     from rich.console import Console
 
     name, _, config = source.partition(":")
-    options = {"streaming": True} if streaming else {}
+    options: dict[str, Any] = {"streaming": True} if streaming else {}
     bars_were_off = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

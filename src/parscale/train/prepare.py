@@ -45,9 +45,8 @@ def prepare(config: TrainConfig) -> PackedText:
     else:
         text = load_text(config.data, validation=config.validation or None, **options)
     if config.forgetting:
-        other = load_text(
-            config.forgetting, **options | {"tokenizer": text.tokenizer}, max_train_tokens=config.block_size
-        )
+        options |= {"tokenizer": text.tokenizer, "max_train_tokens": config.block_size}
+        other = load_text(config.forgetting, **options)
         blocks = other.validation if config.stage != "sft" else other.validation.with_format(None)  # as TRL takes them
         text = replace(text, corpora=text.corpora | {FORGETTING: blocks})
     if config.separate_documents:

@@ -63,7 +63,7 @@ def _load(path: Path) -> dict[Any, Any]:
     return content
 
 
-def _groups() -> dict[str, type]:
+def _groups() -> dict[str, Any]:
     """The settings of `TrainConfig` that are dataclasses; their fields stand beside the others, as flags do."""
     return {name: kind for name, kind in get_type_hints(TrainConfig).items() if is_dataclass(kind)}
 

@@ -69,7 +69,8 @@ def load_chats(config: TrainConfig, tokenizer: Any) -> PackedText:
 def sft_trainer(trainer: type, tokenizer: Any) -> Callable[..., Any]:
     """A Trainer class in front of TRL's SFTTrainer, which makes the labels and the batches."""
     trl = _trl()
-    return partial(type(f"SFT{trainer.__name__}", (trainer, trl.SFTTrainer), {}), processing_class=tokenizer)
+    made: Any = type(f"SFT{trainer.__name__}", (trainer, trl.SFTTrainer), {})
+    return partial(made, processing_class=tokenizer)
 
 
 def sft_arguments(**options: Any) -> Any:
