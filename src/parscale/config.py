@@ -88,7 +88,7 @@ class StreamsConfig:
             raise InputError(
                 f"streams={self.streams} with prefix_tokens={self.prefix_tokens}, shared_prefix={self.shared_prefix} "
                 f"and diversify={chosen}: nothing tells the streams apart, so all would compute the same. Give every "
-                f"stream a prefix of its own, or add one of {DIVERSIFIERS[1:]} to diversify."
+                f"stream a prefix of its own (prefix_tokens >= 1), or add one of {DIVERSIFIERS[1:]} to diversify."
             )
 
     @property

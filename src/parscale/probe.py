@@ -199,7 +199,7 @@ def probe_model(
     details = probe_details(model, ids, control=load_model(control) if control else None)
     seen = details.probe
     if as_json:
-        print(json.dumps(asdict(details) | {"probe": seen.to_dict()}))
+        print(json.dumps(seen.to_dict() | {k: v for k, v in asdict(details).items() if k != "probe"}))
     else:
         _print_table(details)
     if plot is not None:

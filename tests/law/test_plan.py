@@ -1,7 +1,6 @@
 """The planner against brute force over a grid, its advice, its budgets, and each bad input."""
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -125,13 +124,6 @@ def test_a_law_that_knows_tokens_spends_the_training_budget_well(tmp_path: Path)
     tokens = 1e20 / formulas.train_flops(shape, 1, 1.0)
     assert fit(path, "data").predict(best["params"] * 2, 1, tokens) > best["loss"]
     assert best["backbone_params"] < 3e9
-
-
-def test_a_plan_takes_less_than_a_second_of_work() -> None:
-    plan("6GiB", "40ms", "l4")  # warm: imports and caches are no part of it
-    began = time.process_time()
-    plan("6GiB", "40ms", "l4")
-    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(
