@@ -13,7 +13,7 @@ from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.load import load_model
 from parscale.train.data import PackedText
-from parscale.train.trainer import train
+from parscale.train.trainer import check_output, train
 from tests.train.conftest import run
 
 STREAMS = StreamsConfig(2, 8, diversify=("prefix", "embedding"))
@@ -145,3 +145,11 @@ def _model_with_vocabulary(size: int):
     return AutoModelForCausalLM.from_config(
         Qwen2Config(vocab_size=size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     )
+
+
+def test_half_a_model_that_a_kill_left_is_no_obstacle(tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    check_output(tmp_path / "out")
+    assert not partial.exists()

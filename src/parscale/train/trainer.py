@@ -342,8 +342,9 @@ def check_output(output: Path, *, resume: bool = False) -> None:
     if (output.exists() and not output.is_dir()) or ours != held:
         raise InputError(f"output={output} exists and is not an empty folder; give another name or remove it")
     probe = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(probe, ignore_errors=True)  # a run that was killed while it saved leaves half a model there
     try:
-        probe.mkdir(parents=True, exist_ok=True)
+        probe.mkdir(parents=True)
         probe.rmdir()
     except OSError as error:
         raise InputError(f"output={output}: cannot write there ({error.strerror or error})") from None
