@@ -105,31 +105,30 @@ def test_shared_keys_are_one_streams_prompt_and_cache_written_out(prompt: int) -
     head = 4 * d * d + d + d * 4 + 4
     cache_entry = 2 * 2 * 2 * 16  # layers × (key, value) × kv heads × head size
 
+    read = batch * (prompt + 3)  # the first stream's prompt, and the last token of three others behind it
+
     arithmetic = cost(shape, work, replace(HARDWARE["a100-80g"], flops=1e9, bandwidth=1e30))["latency"]
-    others_last = rows * mixing - 2 * (rows - batch) * kv  # the last prompt token: keys and values of one stream
-    linear = 2 * (batch * (prompt - 1) * mixing + others_last)
-    scores = 4 * 2 * d * (batch * (prompt - 1) * (48 + (prompt - 1) / 2) + rows * (prompt + 48))
+    linear = 2 * read * mixing
+    scores = 4 * 2 * d * batch * (prompt * (48 + prompt / 2) + 3 * (prompt + 48))
     ends = 2 * batch * (1000 * d + head)
     assert arithmetic["prefill"] == pytest.approx((linear + scores + ends) / 1e9, rel=1e-12)
+    one_token = 2 * (rows * mixing - 2 * (rows - batch) * kv)  # keys and values of one stream
     assert arithmetic["decode_step"] == pytest.approx(
-        (2 * others_last + 4 * 2 * d * rows * (prompt + 1 + 48) + ends) / 1e9, rel=1e-12
+        (one_token + 4 * 2 * d * rows * (prompt + 1 + 48) + ends) / 1e9, rel=1e-12
     )
 
     moving = cost(shape, work, replace(HARDWARE["a100-80g"], flops=1e30, bandwidth=1e9))["latency"]
-    step = 2 * (mixing + 2 * rows * (3 * d + f)) + 2 * 2 * rows * d * 4
-    banks = rows * 48  # every stream of every request reads its own prefix
-    first = 2 * (mixing + 2 * batch * (prompt - 1) * (3 * d + f)) + 2 * 2 * batch * (prompt - 1) * d * 4
     ends = 2 * (1000 * d + head)
-    prefill = (first if prompt > 1 else 0) + step + ends + 2 * cache_entry * (2 * batch * prompt + banks)
-    assert moving["prefill"] == pytest.approx(prefill / 1e9, rel=1e-12)
-    traffic = 2 * cache_entry * (batch * (prompt + 1 + 1) + banks)
+    prompts = 2 * (mixing + 2 * read * (3 * d + f)) + 2 * 2 * read * d * 4
+    assert moving["prefill"] == pytest.approx((prompts + ends + 2 * cache_entry * batch * prompt) / 1e9, rel=1e-12)
+    step = 2 * (mixing + 2 * rows * (3 * d + f)) + 2 * 2 * rows * d * 4
+    traffic = 2 * cache_entry * (batch * (prompt + 1 + 1) + rows * 48)  # every stream of a request reads its own prefix
     assert moving["cache_traffic"] == pytest.approx(traffic / 1e9, rel=1e-12)
     assert moving["decode_step"] == pytest.approx((step + ends + traffic) / 1e9, rel=1e-12)
 
     held = cost(shape, work)["memory"]
     assert held["kv_cache"] == pytest.approx(2 * cache_entry * (batch * (prompt + 1) + 4 * 48) / GIB, rel=1e-12)
-    tokens = max(batch * (prompt - 1), rows)
-    assert held["activations"] == pytest.approx(2 * max(tokens * 3 * d, 1000 * batch) / GIB, rel=1e-12)
+    assert held["activations"] == pytest.approx(2 * max(read * 3 * d, 1000 * batch) / GIB, rel=1e-12)
 
 
 def test_sharing_makes_prefill_one_streams_and_changes_nothing_for_one_stream() -> None:

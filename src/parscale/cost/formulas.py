@@ -69,9 +69,8 @@ def memory(s: Any, w: Any) -> Any:
     prefixes = w["streams"] * prefix if w["counted"] else rows * prefix
     cache = position * (rows * (w["input"] + w["output"]) + prefixes)
     # Released: the prefix goes through the layers as 48 more tokens, and every prompt position gets logits.
-    # Shared: the first stream reads the prompt up to its last token, which all streams then read at once.
-    prompt = rows * (w["input"] + (0 if w["counted"] else prefix) - alone)
-    tokens = max(prompt, w["batch"] * w["streams"] * alone)
+    # Shared: the first stream reads the prompt; the others' last token stands behind it, in the same pass.
+    tokens = rows * (w["input"] + (0 if w["counted"] else prefix)) + alone * w["batch"] * (w["streams"] - 1)
     layer = tokens * max(3 * s["heads"] * s["head_dim"], s["hidden"], s["intermediate"])
     logits = s["vocab"] * w["batch"] * (1 if w["counted"] else w["input"] + prefix)
     activations = w["value"] * max(layer, logits)
@@ -127,18 +126,16 @@ def latency(s: Any, w: Any, m: Any) -> Any:
     rows = w["batch"] * w["streams"]
     cached = w["batch"] if alone else rows
     position = 2 * s["layers"] * s["kv_heads"] * s["head_dim"] * w["value"]
-    # Shared: the first stream reads the prompt but for its last token, then all streams read that one together.
-    read = w["input"] - alone
-    length = read + (0 if w["counted"] else prefix)
-    scores = read * (prefix + read / 2) if w["counted"] else length * length
+    # Shared: the first stream reads the prompt; the others' last token stands behind it, in the same pass.
+    tail = alone * (w["streams"] - 1)
+    length = w["input"] + tail + (0 if w["counted"] else prefix)
+    seen = w["input"] * (prefix + w["input"] / 2) + tail * (prefix + w["input"])
+    scores = seen if w["counted"] else length * length
     # Counted: the prompt's keys and values are written, and only its last position gets logits. Released: every
     # prompt position gets logits once, and every prefix position once a stream.
     written = position * cached * w["input"] / m["bandwidth"] if w["counted"] else 0
-    first = (layers_seconds(s, w, m, cached, cached, length, scores) if length > 0 else 0) + written
-    kept = position * (cached * w["input"] + (rows if w["counted"] else cached) * prefix)
-    last = layers_seconds(s, w, m, rows, cached, 1, w["input"] + prefix) + kept / m["bandwidth"] if alone else 0
     logits = w["batch"] * (1 if w["counted"] else w["input"] + (1 if alone else w["streams"]) * prefix)
-    prefill = first + last + embedding_seconds(s, w, m, logits)
+    prefill = layers_seconds(s, w, m, cached, cached, length, scores) + written + embedding_seconds(s, w, m, logits)
     # Released: each step reads and writes the whole final cache. Counted: reads what is there, writes one position.
     held = w["input"] + (w["output"] + 1) / 2
     moved = cached * (held + 1) + rows * prefix if w["counted"] else 2 * cached * (w["input"] + prefix + w["output"])
