@@ -14,6 +14,7 @@ from parscale.experiments.claims import (
     moe,
     prefix,
     sft,
+    sharing,
     smoothing,
     split,
     theory,
@@ -21,7 +22,7 @@ from parscale.experiments.claims import (
 
 MODULES = (
     baseline, aggregation, efficiency, law, many_streams, data, split, moe, smoothing, domains, prefix, dynamic, sft,
-    theory,
+    theory, sharing,
 )  # fmt: skip
 CLAIMS: dict[str, Claim] = {module.CLAIM.name: module.CLAIM for module in MODULES}
 

@@ -1,0 +1,109 @@
+"""What is left of the gain when all streams attend to the keys and values of the first one?"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from parscale.experiments.claim import Claim
+from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, gain_points, names, paired
+from parscale.train.config import Stage
+
+KEPT = 0.8
+DECIDING = (4, 8)
+"""The P at which the claim is decided."""
+SECOND: tuple[Stage, ...] = ("retrofit", "frozen")
+P_SECOND = 4
+
+
+def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
+    """From scratch at every P, and on a trained model at P = 4: own keys and values, and shared ones."""
+    found = []
+    for corpus in corpora:
+        control = scale.run("pretrain, control", corpus, scale.prefix(1))
+        found += against(control, _both(scale, corpus, scale.streams))
+        found += against(control, _prefixes(scale, corpus))
+        base = scale.base(corpus)
+        for stage in SECOND:
+            more: dict[str, Any] = {"stage": stage, "start": base}
+            control = scale.run(f"{stage}, control", corpus, scale.prefix(1), **more)
+            found += against(control, _both(scale, corpus, (P_SECOND,), **more))
+    return list(dict.fromkeys(found))
+
+
+def verdict(rows: Sequence[Row]) -> Verdict:
+    """Supported where, at P = 4 and 8, sharing keeps 80 % of what own keys and values gain."""
+    table, outcomes, said, places = [], [], [], {}
+    for corpus, of in by_corpus(rows).items():
+        for name in (name for name in names(of) if not name.endswith("control")):
+            stage, streams, keys = name.split(", ", 2)
+            control, own = f"{stage}, control", f"{stage}, {streams}, own"
+            kept = _kept(of, name, own, control)
+            table.append(
+                {
+                    "text": corpus,
+                    "run": name,
+                    "loss": statistics.mean(row["validation_loss"] for row in by_seed(of, name).values()),
+                    "gain over control": str(paired(of, name, control)),
+                    "of the own gain": "" if keys == "own" or kept is None else f"{kept:.0%}",
+                }
+            )
+            places[name] = (f"{stage}, {keys}", float(streams.removeprefix("P=")))
+            if keys == "shared" and int(streams.removeprefix("P=")) in DECIDING:
+                over = _over_share(of, name, own, control)
+                outcomes.append(over.outcome)
+                told = "not run" if kept is None else f"{kept:.0%} kept"
+                said.append(f"{stage}, {streams} on {corpus}: {told}; gain less {KEPT:.0%} of the own gain {over}")
+    curves = {}
+    for stage in ("pretrain", *SECOND):
+        of_stage = {name: place for name, place in places.items() if name.startswith(stage)}
+        curves |= gain_points(rows, of_stage, f"{stage}, control")
+    return Verdict(combine(outcomes), "; ".join(said) + ".", table, curves, ("P", "gain over the control (nats)"))
+
+
+def _both(scale: Scale, corpus: str, counts: Sequence[int], stage: Stage = "pretrain", **changes: Any) -> list[Run]:
+    changes |= {"stage": stage}
+    return [
+        scale.run(f"{stage}, P={p}, {kv}", corpus, scale.lora(p, **({} if kv == "own" else {"kv": kv})), **changes)
+        for p in counts
+        for kv in ("own", "shared")
+    ]
+
+
+def _prefixes(scale: Scale, corpus: str) -> list[Run]:
+    """What the prefix should be with shared keys: each its own (above), one for all, or none."""
+    one = scale.lora(P_SECOND, kv="shared", shared_prefix=True)
+    none = scale.lora(P_SECOND, kv="shared", diversify=("lora",), prefix_tokens=0)
+    return [
+        scale.run(f"pretrain, P={P_SECOND}, shared, one prefix", corpus, one),
+        scale.run(f"pretrain, P={P_SECOND}, shared, no prefix", corpus, none),
+    ]
+
+
+def _losses(rows: Sequence[Row], *wanted: str) -> list[tuple[float, ...]]:
+    """Losses of the runs of these names, one entry for each seed that all of them have."""
+    of = [by_seed(rows, name) for name in wanted]
+    seeds = sorted(set.intersection(*(set(one) for one in of)))
+    return [tuple(one[seed]["validation_loss"] for one in of) for seed in seeds]
+
+
+def _kept(rows: Sequence[Row], shared: str, own: str, control: str) -> float | None:
+    """Mean gain of the shared run over that of the own one; None where no seed has all three."""
+    losses = _losses(rows, shared, own, control)
+    gained = sum(reference - of_own for _, of_own, reference in losses)
+    return sum(reference - of_shared for of_shared, _, reference in losses) / gained if gained else None
+
+
+def _over_share(rows: Sequence[Row], shared: str, own: str, control: str) -> Any:
+    losses = _losses(rows, shared, own, control)
+    return gain_of([s for s, _, _ in losses], [c - KEPT * (c - o) for _, o, c in losses])
+
+
+CLAIM = Claim(
+    "sharing",
+    "Streams that share the first one's keys and values keep 80 % of the gain.",
+    "Not in the paper. Where a LoRA each tells the streams apart, sharing took a tenth to a fifth of the gain in "
+    "earlier sweeps (docs/shared-kv.md).",
+    runs,
+    verdict,
+)
