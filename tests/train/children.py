@@ -4,6 +4,8 @@ import json
 import os
 import resource
 import signal
+import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,29 @@ def train_until(config: TrainConfig, step: int | None = None, place: str = "step
     if step is not None:
         _at(step, place, lambda: os.kill(os.getpid(), signal.SIGKILL))
     train(config)
+
+
+def train_until_told_to_stop(config: TrainConfig, step: int, told: Path) -> None:
+    """Train, and get SIGTERM in a step; what is printed as an error goes into `told`."""
+    _at(step, "step", lambda: signal.raise_signal(signal.SIGTERM))
+    sys.argv = ["/venv/bin/parscale", "train", "retrofit", "--output", "my run"]
+    with told.open("w") as file, redirect_stderr(file):
+        train(config)
+
+
+def train_with_equal_losses(config: TrainConfig, steps: Path, stop: int | None = None) -> None:
+    """Train where every evaluation gives the same loss, and maybe get SIGTERM in a step; `steps` gets how many ran."""
+
+    def evaluate(self: StreamsTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {"eval_loss": 5.0}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    StreamsTrainer.evaluate = evaluate  # type: ignore[method-assign]
+    if stop is not None:
+        _at(stop, "step", lambda: signal.raise_signal(signal.SIGTERM))
+    steps.write_text(str(train(config).steps))
 
 
 def train_on_a_full_disk(config: TrainConfig, step: int, error: Path) -> None:

@@ -15,7 +15,13 @@ from parscale.load import load_tokenizer
 from parscale.train.data import PackedText
 from parscale.train.trainer import StreamsTrainer, train
 from tests.train import processes
-from tests.train.children import run_of, train_on_a_full_disk, train_until
+from tests.train.children import (
+    run_of,
+    train_on_a_full_disk,
+    train_until,
+    train_until_told_to_stop,
+    train_with_equal_losses,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +95,13 @@ def test_the_optimizer_is_read_back(noisy: Path, short: Path, whole: bytes, tmp_
     assert _go_on(output, short, noisy) != whole
 
 
-def test_sigterm_saves_and_exits_with_0(noisy, short, whole, tmp_path, monkeypatch, capsys) -> None:
-    output = tmp_path / "out"
-    _in_step(monkeypatch, 5, lambda trainer: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr("sys.argv", ["/venv/bin/parscale", "train", "retrofit", "--output", "my run"])
-    with pytest.raises(SystemExit) as ended:
-        train(run_of(output, short, model=str(noisy), save_every=None))
-    assert ended.value.code == 0
-    told = capsys.readouterr().err
-    assert "after step 5 of 12" in told
-    assert "resume with: parscale train retrofit --output 'my run' --resume" in told
+def test_sigterm_saves_and_exits_with_0(noisy, short, whole, tmp_path) -> None:
+    output, told = tmp_path / "out", tmp_path / "told"
+    config = run_of(output, short, model=str(noisy), save_every=None)
+    assert processes.run(train_until_told_to_stop, config, 5, told) == [0]
+    assert "after step 5 of 12" in told.read_text()
+    assert "resume with: parscale train retrofit --output 'my run' --resume" in told.read_text()
     assert _steps(output) == ["checkpoint-5"]
-    monkeypatch.undo()
     assert _go_on(output, short, noisy) == whole
 
 
@@ -145,22 +146,14 @@ def test_a_loss_that_is_not_finite_is_passed_over(noisy, short, tmp_path, monkey
     assert train(run_of(tmp_path / "out", short, model=str(noisy), save_every=None)).skipped_steps == 1
 
 
-def test_patience_is_not_forgotten(noisy, short, tmp_path, monkeypatch) -> None:
-    """Evaluations without a gain, some before the run is stopped and some after it."""
-    losses = iter([5.0] * 5)  # at the start, at steps 3 (the best to beat), 6, 9 and, if it is forgotten, 12
+def test_patience_is_not_forgotten(noisy, short, tmp_path) -> None:
+    """Evaluations without a gain at steps 3 (the best to beat), 6 and 9: some before the run is stopped, one after."""
     patient = {"evaluations": 4, "patience": 2, "smooth_validation": 0.0, "save_every": None}
-
-    def evaluate(self: StreamsTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = {"eval_loss": next(losses)}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    monkeypatch.setattr(StreamsTrainer, "evaluate", evaluate)
-    _in_step(monkeypatch, 7, lambda trainer: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(SystemExit):
-        train(run_of(tmp_path / "out", short, model=str(noisy), **patient))
-    assert train(run_of(tmp_path / "out", short, model=str(noisy), resume=True, **patient)).steps == 9
+    config = run_of(tmp_path / "out", short, model=str(noisy), resume=True, **patient)
+    assert processes.run(train_with_equal_losses, config, tmp_path / "steps", 7) == [0]
+    assert _steps(tmp_path / "out") == ["checkpoint-7"]
+    assert processes.run(train_with_equal_losses, config, tmp_path / "steps") == [0]
+    assert (tmp_path / "steps").read_text() == "9"
 
 
 def test_many_in_a_row_stop_the_run(noisy, short, tmp_path, monkeypatch) -> None:
