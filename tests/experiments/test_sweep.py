@@ -99,8 +99,8 @@ def test_a_needed_model_that_is_gone_is_trained_again_but_is_no_new_row(tmp_path
     assert [row["name"] for row in rows] == ["P=2"]
 
 
-def test_after_the_minutes_nothing_is_begun(tmp_path: Path, trained: list[Task]) -> None:
-    assert run(tmp_path, [CONTROL, STREAMED], minutes=0) == []
+def test_after_the_deadline_nothing_is_begun(tmp_path: Path, trained: list[Task]) -> None:
+    assert run(tmp_path, [CONTROL, STREAMED], deadline=0.0) == []
     assert trained == []
 
 

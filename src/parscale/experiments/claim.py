@@ -22,6 +22,7 @@ class Claim:
         runs: what to train at a scale on the texts of these names.
         verdict: what rows of one scale say.
         corpora: how many texts it needs at least.
+        chats: whether its runs take the first text and the chats, instead of all texts.
         measurements: what to measure instead of training.
     """
 
@@ -31,4 +32,5 @@ class Claim:
     runs: Callable[[Scale, Sequence[str]], list[Run]]
     verdict: Callable[[Sequence[dict[str, Any]]], Verdict]
     corpora: int = 1
+    chats: bool = False
     measurements: Callable[[Scale], Measurements] | None = None

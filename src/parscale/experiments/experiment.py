@@ -1,6 +1,7 @@
 """`parscale experiment`: runs claims at a scale, tells each row as it comes, and the verdict at the end."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ def run_experiments(
     *,
     scale: ScaleName = "smoke",
     corpus: Sequence[str] = (STDLIB,),
+    chats: Sequence[str] = (),
     seeds: int | None = None,
     results: Path = Path("results"),
     work: Path = Path("runs/experiments"),
     workers: int | None = None,
+    ray: str | None = None,
     minutes: float | None = None,
 ) -> dict[str, Verdict]:
     """Run experiments, print their rows and verdicts. Returns the verdicts by name.
@@ -36,11 +39,13 @@ def run_experiments(
         names: of CLAIMS, or "all".
         scale: smoke, cpu, gpu; paper prints what would be run, and runs nothing.
         corpus: texts, each PATH or NAME=PATH; paths of one name are one text.
+        chats: instructions with answers for sft, named as texts are: JSON lines of prompt and completion, or messages.
         seeds: how many, from 0; by default 3, and 1 at the scale smoke.
         results: folder of the rows, one file an experiment.
         work: folder of models and checkpoints.
         workers: processes at once; by default one a GPU, or one.
-        minutes: begin no run after so many; the next call goes on.
+        ray: address of a Ray cluster that runs them, `auto` or `local`; by default this machine does.
+        minutes: begin no run after so many, of all experiments together; the next call goes on.
 
     Raises:
         InputError: no such experiment, too few texts, or bad text.
@@ -48,21 +53,26 @@ def run_experiments(
     chosen = list(CLAIMS.values()) if list(names) == [ALL] else [claim_named(name) for name in names]
     if not chosen:
         raise InputError(f"names is empty: give one or more of {', '.join(CLAIMS)}, or {ALL}")
-    corpora = parse_corpora(corpus)
+    texts, talks = parse_corpora(corpus), parse_corpora(chats)
+    if both := texts.keys() & talks.keys():
+        raise InputError(f"chats={min(both)} has the name of a text; give --chats NAME=PATH with another name")
     count = seeds if seeds is not None else 1 if scale == "smoke" else 3
     if count < 1:
         raise InputError(f"seeds={count} is not accepted; give an integer >= 1")
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    machines = {"work": work, "workers": workers, "ray": ray}
     verdicts = {}
     for claim in chosen:
         if scale == "paper":
             print_table(f"{claim.name}: not run; hours of one H100", planned(claim))
             continue
-        if len(corpora) < claim.corpora:
+        if lack := _lack(claim, texts, talks):
             if list(names) != [ALL]:
-                raise InputError(f"{claim.name} needs {claim.corpora} texts; give --corpus HOME=PATH OTHER=PATH")
-            Console().print(f"{claim.name}: not run, for it needs {claim.corpora} texts", highlight=False)
+                raise InputError(f"{claim.name} needs {lack}")
+            Console().print(f"{claim.name}: not run, for it needs {lack}", highlight=False)
             continue
-        verdicts[claim.name] = _run(claim, scale, corpora, range(count), results, work, workers, minutes)
+        corpora = {name: texts[name] for name in list(texts)[:1]} | talks if claim.chats else texts
+        verdicts[claim.name] = _run(claim, scale, corpora, range(count), results, deadline, machines)
     return verdicts
 
 
@@ -96,25 +106,32 @@ def planned(claim: Claim) -> list[dict[str, Any]]:
     ]
 
 
+def _lack(claim: Claim, texts: Corpora, chats: Corpora) -> str:
+    """What was not given that the claim needs; "" if nothing."""
+    if len(texts) < claim.corpora:
+        return f"{claim.corpora} texts: --corpus HOME=PATH OTHER=PATH"
+    return "instructions with answers: --chats NAME=PATH" if claim.chats and not chats else ""
+
+
 def _run(
     claim: Claim,
     scale: ScaleName,
     corpora: Corpora,
     seeds: Sequence[int],
     results: Path,
-    work: Path,
-    workers: int | None,
-    minutes: float | None,
+    deadline: float | None,
+    machines: Mapping[str, Any],
 ) -> Verdict:
     console = Console()
     if claim.measurements is not None:
-        found = measure_once(claim.name, claim.measurements(SCALES[scale]), scale=scale, results=results)
+        measured = claim.measurements(SCALES[scale])
+        found = measure_once(claim.name, measured, scale=scale, results=results, deadline=deadline)
         total = None
     else:
         runs = claim.runs(SCALES[scale], list(corpora))
         total = len(runs) * len(seeds)
-        options: Any = {"seeds": seeds, "scale": scale, "corpora": corpora, "results": results, "work": work}
-        found = sweep(claim.name, runs, **options, workers=workers, minutes=minutes)
+        told: Any = {"seeds": seeds, "scale": scale, "corpora": corpora, "results": results, "deadline": deadline}
+        found = sweep(claim.name, runs, **told, **machines)
     for count, row in enumerate(found, 1):
         told = f"loss {row['validation_loss']:.4f}, {row['seconds']:.0f} s" if "validation_loss" in row else ""
         of = "" if total is None else f" of {total}"

@@ -140,7 +140,7 @@ SCALES: dict[str, Scale] = {
         validation_blocks=16, evaluations=1,
     ),
     "cpu": Scale(
-        "cpu", "pico", ("2x24x2", "pico", "2x48x3", "nano", "3x96x4"), 512, 128, 32, 800 * 4096, 600 * 4096, (2, 4, 8)
+        "cpu", "pico", ("2x24x2", "pico", "2x48x3", "nano", "3x96x4"), 512, 128, 16, 800 * 2048, 600 * 2048, (2, 4, 8)
     ),
     "gpu": Scale(
         "gpu", "mini", ("nano", "micro", "4x192x4", "mini", "small"), 2048, 256, 128,

@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
@@ -21,6 +22,7 @@ import torch
 
 from parscale.errors import InputError
 from parscale.experiments.claim import Measurements
+from parscale.experiments.cluster import ray_tasks
 from parscale.experiments.demo import machine
 from parscale.experiments.measure import measure
 from parscale.experiments.runs import SCALES, Run
@@ -71,7 +73,8 @@ def sweep(
     results: Path,
     work: Path,
     workers: int | None = None,
-    minutes: float | None = None,
+    ray: str | None = None,
+    deadline: float | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Train what is not there yet. Yields each new row once it is on disk.
 
@@ -84,7 +87,8 @@ def sweep(
         results: folder of the rows.
         work: folder of models.
         workers: processes at once; by default one a GPU, or one.
-        minutes: begin no run after so many.
+        ray: address of a Ray cluster whose nodes run them (`cluster.ray_tasks`); by default this machine does.
+        deadline: begin no run once `time.monotonic()` is past it.
 
     Raises:
         InputError: a text that no corpus is given for, or that cannot be read.
@@ -99,11 +103,10 @@ def sweep(
         yield row
     _check_corpora(pending.values())
     tasks = _with_needed(pending)
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     kept = {need.key for task in tasks for need in task.needs()}
     for depth in sorted({task.run.depth for task in tasks}):
         level = [task for task in tasks if task.run.depth == depth]
-        for task, row in _perform_all(level, workers, deadline):
+        for task, row in _perform_all(level, workers, ray, deadline):
             if task.recorded:
                 row = {"experiment": experiment} | row
                 _append(file, row)
@@ -112,12 +115,15 @@ def sweep(
                 shutil.rmtree(task.folder, ignore_errors=True)
 
 
-def measure_once(experiment: str, measurements: Measurements, *, scale: str, results: Path) -> Iterator[dict[str, Any]]:
-    """The rows of measurements that are not there yet, each yielded once it is on disk."""
+def measure_once(
+    experiment: str, measurements: Measurements, *, scale: str, results: Path, deadline: float | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of measurements that are not there yet, each yielded once it is on disk; none is begun once
+    `time.monotonic()` is past the deadline."""
     file = results / f"{experiment}.jsonl"
     done = {row["key"] for row in read_rows(file)}
     for key, get in measurements:
-        if key not in done:
+        if key not in done and not _late(deadline):
             rows = [{"experiment": experiment, "key": key, "scale": scale} | row for row in get()]
             _append(file, *rows)
             yield from rows
@@ -240,36 +246,43 @@ def _with_needed(pending: Mapping[str, Task]) -> list[Task]:
 
 
 def _perform_all(
-    tasks: Sequence[Task], workers: int | None, deadline: float | None
+    tasks: Sequence[Task], workers: int | None, ray: str | None, deadline: float | None
 ) -> Iterator[tuple[Task, dict[str, Any]]]:
     """Tasks that need nothing of each other, several at once; after the deadline no more are begun."""
     devices = torch.cuda.device_count()
     count = min(workers or max(1, devices), len(tasks))
-
-    def late() -> bool:
-        return deadline is not None and time.monotonic() > deadline
-
-    if count <= 1 and devices <= 1:
+    if ray is None and count <= 1 and devices <= 1:
         for task in tasks:
-            if late():
+            if _late(deadline):
                 return
             yield task, perform(task)
         return
     for task in {(task.run.corpus, task.run.root.corpus, task.run.stage): task for task in tasks}.values():
         _text_of(task)  # so that the workers find its tokens in the cache, and do not all make them
+    with _processes(count, devices) if ray is None else ray_tasks(ray, workers) as (at_once, submit):
+        queue, running = list(tasks), dict[Future, Task]()
+        while queue or running:
+            while queue and len(running) < at_once and not _late(deadline):
+                running[submit(perform, task := queue.pop(0))] = task
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+
+
+@contextmanager
+def _processes(count: int, devices: int) -> Iterator[tuple[int, Callable[..., Future]]]:
+    """As `ray_tasks`, in processes of this machine."""
     context = get_context("spawn")
     numbers = context.Queue()
     for number in range(count):
         numbers.put(number)
     with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker, initargs=(numbers, devices)) as pool:
-        queue, running = list(tasks), dict[Future, Task]()
-        while queue or running:
-            while queue and len(running) < count and not late():
-                running[pool.submit(perform, task := queue.pop(0))] = task
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+        yield count, pool.submit
+
+
+def _late(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
 
 
 def _begin_worker(numbers: Any, devices: int) -> None:

@@ -10,10 +10,12 @@ def experiment(
     names: Annotated[tuple[str, ...], tyro.conf.Positional],
     scale: Literal["smoke", "cpu", "gpu", "paper"] = "smoke",
     corpus: tuple[str, ...] = ("stdlib",),
+    chats: tuple[str, ...] = (),
     seeds: int | None = None,
     results: Path = Path("results"),
     work: Path = Path("runs/experiments"),
     workers: int | None = None,
+    ray: str | None = None,
     minutes: float | None = None,
 ) -> None:
     """Test claims about streams: train what is not there yet, tell rows and a verdict. docs/experiments.md
@@ -23,16 +25,18 @@ def experiment(
             dynamic, sft, theory; several, or all.
         scale: smoke (proves the machinery), cpu, gpu; paper lists what the paper's sizes would take, and runs nothing.
         corpus: texts, as PATH or NAME=PATH; paths of one name are one text.
+        chats: for sft, instructions with answers: JSON lines of prompt and completion, or messages; NAME=PATH.
         seeds: how many; by default 3, and 1 for smoke.
         results: folder of the rows, one file of JSON lines an experiment. Rows that are there are not run again.
         work: folder of models and checkpoints.
         workers: processes at once; by default one a GPU, or one.
-        minutes: begin no run after so many; call again to go on.
+        ray: run them on a Ray cluster: host:port, auto, or local. All nodes must see the same work folder and texts.
+        minutes: begin no run after so many, of all experiments together; call again to go on.
     """
     from parscale.experiments.experiment import run_experiments
 
-    options = {"results": results, "work": work, "workers": workers, "minutes": minutes}
-    run_experiments(names, scale=scale, corpus=corpus, seeds=seeds, **options)
+    options = {"results": results, "work": work, "workers": workers, "ray": ray, "minutes": minutes}
+    run_experiments(names, scale=scale, corpus=corpus, chats=chats, seeds=seeds, **options)
 
 
 def report(results: Annotated[Path, tyro.conf.Positional] = Path("results"), out: Path | None = None) -> None:

@@ -8,7 +8,8 @@ from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, name
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
-    """The first text makes the base; the others are JSON lines of prompt and completion, or of messages."""
+    """The text makes the base; the chats are JSON lines of prompt and completion, or of messages. A conversation may be
+    four times as long as a block of text, so that the scale's tokens are a quarter of its steps."""
     if scale.name == "paper":
         return []
     home, *chats = corpora
@@ -17,8 +18,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         common = {
             "stage": "sft",
             "start": scale.base(home),
-            "tokens": scale.tokens // 4,
-            "block_size": scale.block_size,
+            "block_size": 4 * scale.block_size,
         }
         streamed = [scale.run(f"P={p}", chat, scale.lora(p), **common) for p in scale.streams[:2]]
         found += against(scale.run("control", chat, scale.lora(1), **common), streamed)
@@ -43,5 +43,5 @@ CLAIM = Claim(
     "Lower (paper, section 4.1: the gain of pre-training stays after instruction tuning).",
     runs,
     verdict,
-    corpora=2,
+    chats=True,
 )
