@@ -1,23 +1,26 @@
 """Training: tokens per second and peak memory, this library beside the naive implementation and the plain model.
 
-    python benchmarks/train.py
+    python benchmarks/train.py                       # all rows
+    python benchmarks/train.py --minutes 9           # begins no row after nine minutes; the same again goes on
 
 A step is forward, backward, clipping and AdamW, on one batch of random tokens, in float32 weights and bfloat16 products
 where the processor has them. Every row runs in a fresh process, whose largest resident set is its peak memory; the rows
-go round by round, so that a drifting machine is fair to all. Seconds are the wall clock's, or with one thread the
-processor's, which other work on the machine lengthens less. *Naive* is the same model with its P-fold batch, logits of
-all positions in one piece, and the LM head in float32; *plain* is the model without streams, with the chunked loss.
+go round by round, so that a drifting machine is fair to all. Seconds are those of the fastest step, by the wall clock,
+or with one thread the processor's: other work on the machine only ever lengthens them. *Naive* is the same model with
+its P-fold batch, logits of all positions in one piece, and the LM head in float32; *plain* is the model without
+streams, with the chunked loss.
 """
 
 import argparse
 import json
+import math
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import record
@@ -42,20 +45,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--name", default="train", help="of the result file")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after so many")
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-train.jsonl"), help="those measured so far")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.row:
         print(json.dumps(measure(json.loads(told.row))))
         return
-    settings = {name: getattr(told, name) for name in ("layers", "batch", "tokens", "steps", "rounds", "dtype")}
+    settings = {name: getattr(told, name) for name in ("layers", "batch", "tokens", "steps", "dtype")}
     rows = cases(told.streams)
-    runs: list[list[dict[str, Any]]] = [[] for _ in rows]
-    for number in range(told.rounds):
-        for row, seen in zip(rows, runs, strict=True):
-            seen.append(in_fresh_process(row | settings))
-            print(number + 1, row, seen[-1], file=sys.stderr, flush=True)
-    rows = [row | summary(seen, told.batch * told.tokens) for row, seen in zip(rows, runs, strict=True)]
+    wanted = [row | settings | {"round": number} for number in range(told.rounds) for row in rows]
+    seen = measured(wanted, told.runs, time.monotonic() + 60 * told.minutes)
+    if len(seen) < len(wanted):
+        print(f"{len(seen)} of {len(wanted)} runs are measured; the same command goes on")
+        return
+    tokens = told.batch * told.tokens
+    rows = [row | summary([run for run in seen if row.items() <= run.items()], tokens) for row in rows]
     shape = {"hidden": 896, "intermediate": 4864, "vocabulary": 151936, "optimizer": "AdamW, fused", "prefix": 48}
+    settings |= {"rounds": told.rounds}
     path = record.write(told.name, settings | shape | {"clock": _clock()}, rows)
     for line in verdicts(rows):
         print(line)
@@ -72,6 +79,23 @@ def cases(streams: list[int]) -> list[dict[str, Any]]:
                 rows.append({"code": code, "streams": p, "stage": "retrofit", "checkpointing": checkpointing})
         rows.append({"code": "parscale", "streams": 4, "stage": "frozen", "checkpointing": checkpointing})
     return rows
+
+
+def measured(wanted: list[dict[str, Any]], file: Path, deadline: float) -> list[dict[str, Any]]:
+    """The wanted runs with what was measured of them; those that the file does not hold are run, and added to it."""
+    held = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    found = []
+    for row in wanted:
+        run = next((run for run in held if row.items() <= run.items()), None)
+        if run is None and time.monotonic() < deadline:
+            run = row | in_fresh_process(row)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(run) + "\n")
+            print(run, file=sys.stderr, flush=True)
+        if run is not None:
+            found.append(run)
+    return found
 
 
 def in_fresh_process(row: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +172,7 @@ def head_in_float32(model: Any) -> Any:
 
 
 def summary(runs: list[dict[str, Any]], tokens: int) -> dict[str, float]:
-    seconds = statistics.median(s for run in runs for s in run["seconds"])
+    seconds = min(s for run in runs for s in run["seconds"])
     return {
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 1),
