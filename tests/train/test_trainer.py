@@ -49,6 +49,15 @@ def test_the_log_tells_gradients_and_weights(base: Path, text: PackedText, tmp_p
     assert sum(part**2 for part in parts) ** 0.5 == pytest.approx(logged["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trained_model_uses_its_cache(checkpointing: bool, base: Path, text: PackedText, tmp_path: Path) -> None:
+    settings = {"streams": STREAMS, "gradient_checkpointing": checkpointing}
+    train(run("retrofit", tmp_path / "out", model=str(base), **settings), data=text)
+    for folder in (base, tmp_path / "out"):
+        output = load_model(folder)(input_ids=torch.as_tensor(text.validation[:2]["input_ids"]))
+        assert output.past_key_values.get_seq_length() == 32
+
+
 def test_a_run_is_repeatable_to_the_last_bit(base: Path, text: PackedText, tmp_path: Path) -> None:
     for name in ("a", "b"):
         train(run("retrofit", tmp_path / name, model=str(base), streams=STREAMS), data=text)

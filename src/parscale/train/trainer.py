@@ -223,6 +223,7 @@ def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> Tra
     data = data or prepare(config)
     trained = model_of(config, data.tokenizer, sample(data.train, 4))
     model = base_of(trained)
+    use_cache = getattr(model.config, "use_cache", True)  # the Trainer turns it off for good
     validation, *corpora = (
         blocks.select(range(min(len(blocks), config.validation_blocks)))
         for blocks in (data.validation, *data.corpora.values())
@@ -261,6 +262,7 @@ def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> Tra
         with catching_sigterm(trainer.terminated):
             trainer.train(resume_from_checkpoint=str(newest) if newest else None)
         _check_stopped(trainer)
+    model.config.use_cache = use_cache
     start = {key: value for row in trainer.state.log_history if row["step"] == 0 for key, value in row.items()}
     history = [row for row in trainer.state.log_history if row["step"] and ("loss" in row or "eval_loss" in row)]
     seen = trainer.probe()
