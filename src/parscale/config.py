@@ -43,6 +43,8 @@ class StreamsConfig:
         kv: whose keys and values the streams attend to: each its "own" (the paper), or those of the first stream, for
             one stream's KV cache and prefill ("shared").
         shared_prefix: with shared keys and values, one prefix for all streams, as serving engines can hold it.
+        plain_first: the first stream goes without a LoRA. With shared keys and values a prompt then costs what it costs
+            the plain model, and with no prefix the KV cache is the plain model's own.
 
     Raises:
         InputError: an unknown or impossible value, or several streams with nothing to tell them apart.
@@ -57,6 +59,7 @@ class StreamsConfig:
     lora_rank: int = 8
     kv: KV = "own"
     shared_prefix: bool = False
+    plain_first: bool = False
 
     def __post_init__(self) -> None:
         _require(_is_int(self.streams) and self.streams >= 1, "streams", self.streams, "an integer >= 1")
@@ -83,6 +86,11 @@ class StreamsConfig:
         _require(isinstance(self.shared_prefix, bool), "shared_prefix", self.shared_prefix, "true or false")
         if self.shared_prefix and self.kv != "shared":
             raise InputError(f"shared_prefix=True with kv={self.kv!r} is not accepted; it goes with kv='shared'")
+        _require(isinstance(self.plain_first, bool), "plain_first", self.plain_first, "true or false")
+        if self.plain_first and ("lora" not in chosen or set(chosen) - {"prefix", "lora"}):
+            raise InputError(
+                f"plain_first=True with diversify={chosen} is not accepted; it goes with 'lora', or 'prefix' and 'lora'"
+            )
         alike = {"prefix"} if self.shared_prefix else set()
         if self.streams > 1 and not set(self.diversifiers) - alike:
             raise InputError(
@@ -93,9 +101,11 @@ class StreamsConfig:
 
     @property
     def diversifiers(self) -> tuple[Diversifier, ...]:
-        """Those of `diversify` that have parameters: not a prefix of no tokens, nor the vector of a lone stream."""
+        """Those of `diversify` that have parameters: not a prefix of no tokens, nor the vector of a lone stream, nor the
+        LoRA of one that is to be plain."""
         without = {"prefix"} if self.prefix_tokens == 0 else set()
         without |= {"embedding"} if self.streams == 1 else set()
+        without |= {"lora"} if self.streams == 1 and self.plain_first else set()
         return tuple(name for name in self.diversify if name not in without)
 
     @property

@@ -112,6 +112,8 @@ def of_stream(bank: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
 def with_weights_of_stream(plain: PreTrainedModel, model: Any, stream: int) -> PreTrainedModel:
     """A copy whose weights are diag(s_in)·(W + A·B)·diag(s_out), as far as the stream has such an update."""
     one = copy.deepcopy(plain)
+    if stream == 0 and (model.config.parscale or {}).get("plain_first"):
+        return one
     for name, module in model.base_model.named_modules():
         dtype = next(plain.parameters()).dtype
         own = {key: of_stream(p, stream, dtype) for key, p in module.named_parameters(recurse=False) if key in UPDATES}

@@ -18,6 +18,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix+lora": {"diversify": ("prefix", "lora")},
     "one prefix+lora": {"diversify": ("prefix", "lora"), "shared_prefix": True},
     "lora": {"diversify": ("lora",)},
+    "plain first": {"diversify": ("prefix", "lora"), "plain_first": True},
     "all": {"diversify": ("prefix", "embedding", "lora", "rank1")},
 }
 
@@ -50,7 +51,7 @@ def test_differs_from_own_keys(case: Case, ids: Tensor) -> None:
     assert (own(ids).logits - expected.logits).abs().max() > 100 * expected.tolerance
 
 
-@pytest.mark.parametrize("settings", ["prefix+lora", "one prefix+lora"])
+@pytest.mark.parametrize("settings", ["prefix+lora", "one prefix+lora", "plain first"])
 def test_gradient_is_that_of_the_loss(case: Case, ids: Tensor, settings: str) -> None:
     """Along a random direction of all parameters: the slope of the loss, whose value the passes above prove."""
     if case.backend == "flex_attention":
@@ -100,9 +101,24 @@ def test_cache_is_the_plain_models(case: Case, ids: Tensor, settings: str) -> No
 
 
 @torch.no_grad()
+def test_plain_first_without_prefix_has_the_plain_models_keys_and_values(case: Case, ids: Tensor) -> None:
+    """One cache for the model with and without its streams."""
+    model, caches = shared(case, "lora", plain_first=True), []
+    for one in (model, case.plain):
+        caches.append(DynamicCache(config=one.config))
+        one(ids, past_key_values=caches[-1])
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        torch.testing.assert_close(ours.keys, theirs.keys)
+        torch.testing.assert_close(ours.values, theirs.values)
+    after = ids[:, :1]
+    together, alone = model(after, past_key_values=caches[1]), model(after, past_key_values=caches[0])
+    torch.testing.assert_close(together.logits, alone.logits)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "left-padded"])
 @pytest.mark.parametrize("keep", [1, 2])
-@pytest.mark.parametrize("settings", ["prefix+lora", "one prefix+lora", "lora", "all"])
+@pytest.mark.parametrize("settings", ["prefix+lora", "one prefix+lora", "lora", "plain first", "all"])
 def test_prompt_needs_stream_0_alone(case: Case, ids: Tensor, settings: str, keep: int, padded: bool) -> None:
     """Where the last logits are asked for, as `generate` does, the other streams run over the last tokens alone: behind
     stream 0's prompt if they can, in a pass of their own otherwise."""

@@ -211,7 +211,9 @@ class _Projection(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         for name in ("stream_lora_a", "stream_lora_b", "stream_scale_in", "stream_scale_out"):
             tensor = getattr(linear, name, None)
-            setattr(self, name, None if tensor is None else nn.Parameter(tensor.detach()[:streams], False))
+            setattr(self, name, None if tensor is None else nn.Parameter(tensor.detach()[:streams].clone(), False))
+        if self.stream_lora_b is not None and linear.stream_state.config.plain_first:
+            self.stream_lora_b.data[0] = 0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stream_scale_in is not None:

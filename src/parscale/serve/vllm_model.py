@@ -91,7 +91,7 @@ class _Streams:
                 update = StreamUpdate(linear.input_size, parts, heads | {"v_proj": heads["k_proj"]}, settings)
                 linear.stream_update = update
                 linear.register_forward_hook(_add_update)
-                for part in parts:
+                for part in update.parts:
                     for factor in ("a", "b"):
                         name = f"model.layers.{i}.{owner}.{part}.stream_lora_{factor}"
                         self.stream_places[name] = functools.partial(update.take, part, factor)
@@ -268,8 +268,13 @@ class StreamUpdate(nn.Module):
     def __init__(self, inputs: int, widths: dict[str, int], heads: dict[str, int], settings: StreamsConfig) -> None:
         super().__init__()
         self.streams, self.widths, self.heads = settings.streams, widths, heads
+        self.plain_first = settings.plain_first
+        self.parts = []
+        """Those that have an update in the checkpoint."""
         for part, width in widths.items():
             p = 1 if settings.kv == "shared" and part in ("k_proj", "v_proj") else settings.streams
+            p = 0 if p == 1 and self.plain_first else p
+            self.parts += [part] if p else []
             shapes = {"a": (p, inputs, settings.lora_rank), "b": (p, settings.lora_rank, width)}
             for factor, shape in shapes.items():
                 self.register_parameter(f"stream_{part}_{factor}", nn.Parameter(torch.zeros(shape), False))
@@ -294,6 +299,8 @@ class StreamUpdate(nn.Module):
             first = rank // copies * place.shape[-1]
             tensor = tensor[..., first : first + place.shape[-1]]
         place.data.copy_(tensor)
+        if self.plain_first and factor == "b":
+            place.data[0] = 0
 
 
 def _add_update(module: Any, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
