@@ -101,8 +101,8 @@ class StreamsConfig:
 
     @property
     def diversifiers(self) -> tuple[Diversifier, ...]:
-        """Those of `diversify` that have parameters: not a prefix of no tokens, nor the vector of a lone stream, nor the
-        LoRA of one that is to be plain."""
+        """Those of `diversify` that have parameters: not a prefix of no tokens, nor a lone stream's vector, nor the
+        LoRA of a lone stream that is to be plain."""
         without = {"prefix"} if self.prefix_tokens == 0 else set()
         without |= {"embedding"} if self.streams == 1 else set()
         without |= {"lora"} if self.streams == 1 and self.plain_first else set()
