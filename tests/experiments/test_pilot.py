@@ -9,7 +9,7 @@ import pytest
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
-from parscale.evaluate import DocumentLosses
+from parscale.evaluate.perplexity import DocumentLosses
 from parscale.experiments.pilot import PilotRow, compare, judge, run_pilot
 from parscale.train.config import TrainConfig
 from parscale.train.trainer import train

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
-from parscale.evaluate import DocumentLosses, bootstrap_of_documents, document_losses
+from parscale.evaluate.perplexity import DocumentLosses, bootstrap_of_documents, document_losses
 from parscale.load import load_model, load_tokenizer
 from parscale.output import print_json, print_table
 from parscale.streams.parallelize import parallelize

@@ -69,7 +69,7 @@ def evaluate(
         tokens: of each text at most.
         json: print JSON instead of a table.
     """
-    from parscale.evaluate import evaluate as run
+    from parscale.evaluate.perplexity import evaluate as run
 
     run(model, data, streams=streams, block_size=block_size, tokens=tokens, as_json=json)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from parscale import confined
 from parscale.errors import InputError
-from parscale.sandbox import available, run_program
+from parscale.evaluate import confined
+from parscale.evaluate.sandbox import available, run_program
 
 pytestmark = pytest.mark.skipif(not available(), reason="the sandbox needs Linux on x86_64 or aarch64")
 

@@ -12,7 +12,7 @@ import torch
 from parscale.cli import main
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
-from parscale.evaluate import bootstrap_of_documents, evaluate
+from parscale.evaluate.perplexity import bootstrap_of_documents, evaluate
 from parscale.load import load_model, load_tokenizer
 from parscale.train.config import TrainConfig
 from parscale.train.trainer import train

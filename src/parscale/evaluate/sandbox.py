@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from parscale.confined import MACHINES, NO_SANDBOX
 from parscale.errors import InputError
+from parscale.evaluate.confined import MACHINES, NO_SANDBOX
 
 WALL = 4
 """Wall-clock seconds for each second of CPU time: other work on the machine must not fail a program."""
