@@ -5,6 +5,7 @@
 
 Each client asks for one answer after another: a prompt of random tokens, no two alike, and as many new tokens as are
 asked for. One server answers both P from the same weights; they take turns. The clients run on the same cores.
+Afterwards some answers of each row are compared with what `generate` says to the same prompts without a server.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import parscale
+from parscale.load import load_model, load_tokenizer
 from parscale.train.shapes import build
 
 
@@ -43,12 +45,11 @@ def save_model(folder: Path, shape: str, streams: int) -> None:
 
 
 async def load(base: str, streams: int, clients: int, options: Any, seed: int) -> dict[str, Any]:
-    """Have `clients` ask for some seconds. The rate counts answers that ended in time; the latency, all of them."""
-    draw, seconds, in_time = random.Random(seed), [], 0
+    """Have `clients` ask for some seconds, one answer after another, and wait for the last ones."""
+    draw, seconds, told = random.Random(seed), [], []
     start = time.perf_counter()
 
     async def client(http: httpx.AsyncClient) -> None:
-        nonlocal in_time
         while time.perf_counter() - start < options.seconds:
             prompt = [draw.randrange(256) for _ in range(options.prompt)]
             body = {"prompt": prompt, "max_tokens": options.tokens, "temperature": 0, "streams": streams}
@@ -57,17 +58,30 @@ async def load(base: str, streams: int, clients: int, options: Any, seed: int) -
             answer.raise_for_status()
             assert answer.json()["usage"]["completion_tokens"] == options.tokens
             seconds.append(time.perf_counter() - asked)
-            in_time += time.perf_counter() - start < options.seconds
+            told.append((prompt, answer.json()["choices"][0]["text"]))
 
     async with httpx.AsyncClient(base_url=base, timeout=600, limits=httpx.Limits(max_connections=clients)) as http:
         await asyncio.gather(*(client(http) for _ in range(clients)))
-    return {"seconds": seconds, "in_time": in_time}
+    return {"seconds": seconds, "wall": time.perf_counter() - start, "told": told}
+
+
+def same_offline(folder: Path, streams: int, told: list[tuple[list[int], str]], tokens: int) -> int:
+    """How many answers are the greedy ones of the model alone, in batches of prompts of one length."""
+    model, tokenizer = load_model(folder, dtype=torch.float32).eval(), load_tokenizer(folder)
+    model.set_streams(streams)
+    same = 0
+    for first in range(0, len(told), 64):
+        ids = torch.tensor([prompt for prompt, _ in told[first : first + 64]])
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+        texts = tokenizer.batch_decode(made[:, ids.shape[1] :])
+        same += sum(text == heard for text, (_, heard) in zip(texts, told[first : first + 64], strict=True))
+    return same
 
 
 def row(clients: int, streams: int, rounds: list[dict[str, Any]], options: Any) -> dict[str, Any]:
-    """The numbers of one cell of the table."""
+    """The numbers of one cell of the table. The rate is of all answers, over the time until the last one ended."""
     seconds = [one for round_ in rounds for one in round_["seconds"]]
-    rate = sum(round_["in_time"] for round_ in rounds) / (options.seconds * len(rounds))
+    rate = len(seconds) / sum(round_["wall"] for round_ in rounds)
     percentiles = statistics.quantiles(seconds, n=100) if len(seconds) > 1 else seconds * 99
     return {
         "clients": clients,
@@ -88,9 +102,11 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=32, help="new tokens of each answer")
     arguments.add_argument("--seconds", type=float, default=10, help="of asking, in each round")
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--checked", type=int, default=192, help="answers of each row to compare, at most")
     arguments.add_argument("--name", default="serve")
     options = arguments.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    told: list[list[tuple[list[int], str]]] = []
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), options.shape, max(options.streams))
         command = [sys.executable, "-m", "parscale.cli", "serve", folder, "--port", "0"]
@@ -109,9 +125,13 @@ def main() -> None:
                         cells[streams].append(asyncio.run(load(address[1], streams, clients, options, seed)))
                 for streams, rounds in cells.items():
                     rows.append(row(clients, streams, rounds, options))
+                    told.append([one for round_ in rounds for one in round_["told"]][: options.checked])
                     print(rows[-1], flush=True)
             server.terminate()
             assert server.wait(timeout=60) == 0
+        for one, answers in zip(rows, told, strict=True):
+            same = same_offline(Path(folder), one["streams"], answers, options.tokens)
+            one |= {"checked": len(answers), "as_without_server": same}
     print(write(options.name, vars(options), rows))
 
 

@@ -10,6 +10,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from parscale import InputError
+from parscale.streams import attention
 from parscale.streams.paged import OLDEST
 from tests.small import NEW, build, uncached, with_streams
 
@@ -66,6 +67,22 @@ def test_requests_answer_as_alone(prompts: list[list[int]], streams: int, backen
 )
 def test_whatever_the_scheduler_does(model: Any, prompts: list[list[int]], settings: dict[str, int]) -> None:
     assert run(model, prompts, paged(**settings)) == alone(model, prompts)
+
+
+def test_requests_do_not_meet_each_others_keys(
+    model: Any, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where the pairs that a mask discards cost what the others do."""
+    attend, keys = attention.attend, []
+
+    def seen(module: Any, query: Tensor, key: Tensor, *args: Any, **options: Any) -> Any:
+        keys.append(key.shape[2])
+        return attend(module, query, key, *args, **options)
+
+    monkeypatch.setattr(attention, "attend", seen)
+    assert run(model, prompts) == alone(model, prompts)
+    assert len(keys) >= len(prompts) * (NEW - 1)
+    assert max(keys) == max(LENGTHS) + NEW - 1
 
 
 def test_a_shared_beginning_is_computed_once(

@@ -8,6 +8,7 @@ position and never enters the KV cache: real tokens keep positions 0 … T−1, 
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, no_type_check
 
 import torch
@@ -107,6 +108,10 @@ def attend(
     paged = kwargs.pop("cache", None)
     if paged is not None:  # updated here: the inner function would write the prefix into it with the rest
         key, value = paged.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+        if query.device.type == "cpu" and len(kwargs["cu_seq_lens_q"]) > 2:
+            return _attend_by_request(
+                module, query, key, value, attention_mask, *args, implementation=implementation, **kwargs
+            ), None
     prefix = prefix_of(module)
     if prefix is not None:
         prefix = prefix[0].to(key.dtype), prefix[1].to(value.dtype)
@@ -137,6 +142,19 @@ def attend(
     if type(attention_mask) is Tensor:  # a BlockMask or causal_lower_right covers the prefix already
         attention_mask = _mask_with_prefix(attention_mask, n)
     return inner(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _attend_by_request(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **kwargs: Any
+) -> Float[Tensor, "pb t h e"]:
+    """The requests of a packed batch one by one. Together, every query would meet the keys of all of them, for the mask
+    to discard: a cost that grows with the square of their number."""
+    of_queries, of_keys = (pairwise(kwargs[f"cu_seq_lens_{one}"].tolist()) for one in "qk")
+    attended = []
+    for (a, b), (c, d) in zip(of_queries, of_keys, strict=True):
+        own = query[:, :, a:b], key[:, :, c:d], value[:, :, c:d], mask[..., a:b, c:d]
+        attended.append(attend(module, *own, *args, **kwargs)[0])
+    return torch.cat(attended, dim=1)
 
 
 def _attend_with_tail(
