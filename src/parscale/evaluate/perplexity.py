@@ -1,4 +1,4 @@
-"""`parscale eval`: how well a model predicts texts: loss, perplexity and bits per byte, with an interval."""
+"""`parscale eval --data`: how well a model predicts texts: loss, perplexity and bits per byte, with an interval."""
 
 import math
 from collections.abc import Sequence
@@ -73,6 +73,21 @@ def evaluate(
     """
     if block_size < 2 or tokens < block_size:
         raise InputError(f"block_size={block_size}, tokens={tokens}: give at least 2, and at least one block of tokens")
+    model, tokenizer = ready_model(name, streams)
+    scores = [_score(model, tokenizer, text, block_size, tokens) for text in data]
+    if as_json:
+        print_json([asdict(score) for score in scores])
+    else:
+        print_table(f"{name}: nats per token", [asdict(score) for score in scores])
+    return scores
+
+
+def ready_model(name: str, streams: int | None) -> tuple[Any, Any]:
+    """A model, on the accelerator where there is one, with so many of its streams, and its tokenizer.
+
+    Raises:
+        InputError: it cannot be loaded, or does not have so many streams.
+    """
     model, tokenizer = load_model(name), load_tokenizer(name)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
@@ -80,12 +95,7 @@ def evaluate(
         if not has_streams(model):
             raise InputError(f"streams={streams}: {name} has no streams")
         model.set_streams(streams)
-    scores = [_score(model, tokenizer, text, block_size, tokens) for text in data]
-    if as_json:
-        print_json([asdict(score) for score in scores])
-    else:
-        print_table(f"{name}: nats per token", [asdict(score) for score in scores])
-    return scores
+    return model.eval(), tokenizer
 
 
 def document_losses(

@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from parscale.errors import InputError
+from parscale.evaluate.code_options import CodeOptions
+
 
 def experiment(
     names: Annotated[tuple[str, ...], tyro.conf.Positional],
@@ -53,25 +56,49 @@ def report(results: Annotated[Path, tyro.conf.Positional] = Path("results"), out
 
 def evaluate(
     model: Annotated[str, tyro.conf.Positional],
-    data: tuple[str, ...] = ("stdlib",),
+    data: tuple[str, ...] = (),
+    tasks: tuple[str, ...] = (),
+    code: str | None = None,
     streams: int | None = None,
     block_size: int = 256,
     tokens: int = 200_000,
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    options: Annotated[CodeOptions, tyro.conf.arg(name="")] = CodeOptions(),  # noqa: B008 (frozen)
     json: bool = False,
 ) -> None:
-    """Loss, perplexity and bits per byte of a model on texts, one by one, with an interval over documents.
+    """How good is a model? Perplexity of texts, or benchmarks, or code that passes its tests. docs/eval.md
 
     Args:
         model: a folder or a hub name, with or without streams.
-        data: texts, each scored by itself, all of it.
+        data: texts: loss, perplexity and bits per byte of each, all of it, with an interval over documents. By default
+            this Python's own standard library.
+        tasks: benchmarks of lm-evaluation-harness, by name, or YAML files of your own. Instead of data.
+        code: JSON lines of problems as HumanEval or MBPP has them: pass@k. Instead of data; needs --execute.
         streams: run so many of the model's streams; by default all.
-        block_size: longer documents are read in pieces of so many tokens.
+        block_size: of data: longer documents are read in pieces of so many tokens.
         tokens: of each text at most.
+        shots: examples before each question of a task; by default what the task says.
+        limit: questions of each task, or problems, at most, for a trial.
+        batch_size: questions or completions at once.
+        options: how code is sampled and run (its fields are flags of their own).
         json: print JSON instead of a table.
     """
-    from parscale.evaluate.perplexity import evaluate as run
+    if sum(map(bool, (data, tasks, code))) > 1:
+        raise InputError("data, tasks and code are three evaluations: give one of them")
+    if tasks:
+        from parscale.evaluate.harness import run_tasks
 
-    run(model, data, streams=streams, block_size=block_size, tokens=tokens, as_json=json)
+        run_tasks(model, tasks, streams=streams, shots=shots, limit=limit, batch_size=batch_size, as_json=json)
+    elif code:
+        from parscale.evaluate.code import run_code
+
+        run_code(model, code, options, streams=streams, limit=limit, batch_size=batch_size, as_json=json)
+    else:
+        from parscale.evaluate.perplexity import evaluate as run
+
+        run(model, data or ("stdlib",), streams=streams, block_size=block_size, tokens=tokens, as_json=json)
 
 
 def pilot(
