@@ -147,6 +147,8 @@ def test_hours_of_the_paper_s_scale() -> None:
     run = SCALES["paper"].run("P=8", "code", StreamsConfig(8))
     assert gpu_hours(run) == pytest.approx(6 * 1_595_669_000 * 8 * 42e9 / (989e12 * 0.4 * 3600), rel=1e-4)
     assert {line["P"] for line in planned(CLAIMS["law"])} == {1, 2, 4, 8}
+    prefix = planned(CLAIMS["prefix"])  # all continue one model of a trillion tokens, which is counted once
+    assert [line["tokens"] for line in prefix if line["run"] == "base"] == ["1,000.0 B"]
 
 
 def test_a_sparse_shape_has_the_active_width_of_the_dense_one() -> None:

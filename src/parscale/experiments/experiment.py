@@ -64,7 +64,7 @@ def run_experiments(
     verdicts = {}
     for claim in chosen:
         if scale == "paper":
-            print_table(f"{claim.name}: not run; hours of one H100", planned(claim))
+            _print_planned(claim)
             continue
         if lack := _lack(claim, texts, talks):
             if list(names) != [ALL]:
@@ -93,17 +93,28 @@ def verdict_of(claim: Claim, rows: Sequence[dict[str, Any]], scale: str) -> Verd
 
 
 def planned(claim: Claim) -> list[dict[str, Any]]:
-    """The runs of the paper's scale, with the hours of one H100 that each needs (`shapes.gpu_hours`)."""
+    """The runs of the paper's scale and the models that they continue, each once, with the hours of one H100 that it
+    needs (`shapes.gpu_hours`)."""
+    runs = claim.runs(SCALES["paper"], ["paper"])
+    needed = {run.start.key(0, ""): run.start for run in runs if run.start is not None}
     return [
         {
             "run": run.name,
             "model": run.model,
             "P": run.streams.streams,
-            "tokens": f"{run.tokens / 1e9:g} B",
+            "tokens": f"{run.tokens / 1e9:,.1f} B",
             "H100 hours": round(gpu_hours(run)),
         }
-        for run in claim.runs(SCALES["paper"], ["paper"])
+        for run in [*needed.values(), *runs]
     ]
+
+
+def _print_planned(claim: Claim) -> None:
+    plan = planned(claim)
+    hours = f"{sum(row['H100 hours'] for row in plan):,} hours of one H100 in all"
+    print_table(f"{claim.name}: not run; {hours}", plan)
+    if not plan:
+        print(f"{claim.name}: no runs at the paper's scale\n")
 
 
 def _lack(claim: Claim, texts: Corpora, chats: Corpora) -> str:

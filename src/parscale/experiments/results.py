@@ -86,7 +86,7 @@ def _section(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str
     if plan:
         caption = (
             f"At the paper's scale: not run. H100 hours are 6·N·P·D operations at {UTILISATION:.0%} of "
-            f"{H100_FLOPS / 1e12:.0f} TFLOP/s, those of the model that is continued included"
+            f"{H100_FLOPS / 1e12:.0f} TFLOP/s; {sum(row['H100 hours'] for row in plan):,} in all"
         )
         cells = [(*(str(value) for value in row.values()), "not run") for row in plan]
         parts.append(table(caption, (*plan[0], "loss"), cells))

@@ -66,8 +66,7 @@ def configuration(model: str, vocab_size: int) -> dict[str, Any]:
 
 
 def gpu_hours(run: Run) -> float:
-    """Hours of one H100 that a run of the paper's scale needs: 6·N·P·D operations at 40 % of the peak, and those of the
-    model that it continues. N are the parameters without the embedding, D the training tokens."""
+    """Hours of one H100 that a run of the paper's scale needs: 6·N·P·D operations at 40 % of the peak, without those of
+    the model that it continues. N are the parameters without the embedding, D the training tokens."""
     n = PAPER_SHAPES[run.model].params(run.streams.streams, run.streams.prefix_tokens)
-    own = 6 * n * run.streams.streams * run.tokens / (H100_FLOPS * UTILISATION) / 3600
-    return own + (gpu_hours(run.start) if run.start is not None else 0.0)
+    return 6 * n * run.streams.streams * run.tokens / (H100_FLOPS * UTILISATION) / 3600
