@@ -63,5 +63,5 @@ def test_the_paper_s_scale_runs_nothing(
     told = capsys.readouterr().out
     for name in CLAIMS:
         if CLAIMS[name].runs(SCALES["paper"], ["paper"]):
-            assert f"{name}: not run; hours of one H100" in told
+            assert f"{name}: not run; " in told
     assert list(tmp_path.iterdir()) == []
