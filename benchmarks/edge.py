@@ -105,7 +105,7 @@ def openvino_step(options: argparse.Namespace, streams: int, weights: str) -> St
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     settings["INFERENCE_PRECISION_HINT"] = "f32" if weights == "float32" else "bf16"
     graph = core.read_model(folder / "openvino_model.xml")
-    placeholders = [int(value) for value in graph.get_rt_info(["parscale", "placeholders"]).value]
+    placeholders = [int(value) for value in graph.get_rt_info(["parscale", "placeholders"]).value.split()]
     request = core.compile_model(graph, "CPU", settings).create_infer_request()
     del graph
     shutil.rmtree(folder)

@@ -100,7 +100,7 @@ def main() -> None:
     arguments.add_argument("--streams", type=int, nargs="+", default=[1, 4])
     arguments.add_argument("--prompt", type=int, default=64, help="tokens")
     arguments.add_argument("--tokens", type=int, default=32, help="new tokens of each answer")
-    arguments.add_argument("--seconds", type=float, default=10, help="of asking, in each round")
+    arguments.add_argument("--seconds", type=float, default=6, help="of asking, in each round")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--checked", type=int, default=192, help="answers of each row to compare, at most")
     arguments.add_argument("--name", default="serve")

@@ -111,5 +111,19 @@ def test_perplexity_of_few_bits(
     out = tmp_path / weights
     settings = ("--data", str(corpus), "--block-size", "64", "--json")
     assert main(["export", str(trained), "--to", "openvino", "--weights", weights, "--out", str(out), *settings]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    told = json.loads(capsys.readouterr().out)
     assert 1 / worse < told["perplexity"] / told["perplexity_float32"] < worse
+
+
+def test_int4_where_no_group_is_filled(
+    trained_shared: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LoRA of rank 4 has matrices of 4 inputs; they stay in int8."""
+    monkeypatch.setenv("PARSCALE_CACHE", str(tmp_path / "cache"))
+    options: dict[str, Any] = {"data": (str(corpus),), "block_size": 64}
+    told = export_model(trained_shared, tmp_path / "out", engine="openvino", weights="int4", **options)
+    assert told.perplexity is not None
+    assert told.perplexity_float32 is not None
+    assert 1 / 1.3 < told.perplexity / told.perplexity_float32 < 1.3
+    precisions = (tmp_path / "out" / "openvino_model.xml").read_text()
+    assert 'element_type="i4"' in precisions

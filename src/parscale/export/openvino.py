@@ -21,7 +21,7 @@ from parscale.streams.backbone import streams_of
 FILE = "openvino_model.xml"
 PLACEHOLDER = "<|prefix|>"
 GROUP = 32
-"""Weights that share a scale in int4, along the inputs of a linear layer."""
+"""Weights that share a scale in int4, along the inputs of a linear layer; int8 where these are no multiple of it."""
 _RT_INFO = ("parscale", "placeholders")
 
 
@@ -51,10 +51,13 @@ def write_openvino(model: Any, tokenizer: Any, folder: Path, weights: str = "flo
     decoder = FoldedDecoder(model, "placeholders", placeholder, tokenizer.pad_token_id).eval()
     graph = stateful_graph(decoder)
     graph.set_rt_info([decoder.prefix_tokens, -1 if placeholder is None else placeholder], list(_RT_INFO))
-    if weights != "float32":
-        modes = {"int8": nncf.CompressWeightsMode.INT8_SYM, "int4": nncf.CompressWeightsMode.INT4_SYM}
-        group = {"group_size": GROUP} if weights == "int4" else {}
-        graph = nncf.compress_weights(graph, mode=modes[weights], **group)
+    if weights == "int8":
+        graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
+    elif weights == "int4":
+        other_widths = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+        graph = nncf.compress_weights(
+            graph, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=GROUP, advanced_parameters=other_widths
+        )
     openvino.save_model(graph, folder / FILE, compress_to_fp16=False)
     tokenizer.save_pretrained(folder)
     parts = convert_tokenizer(tokenizer, with_detokenizer=True, skip_special_tokens=True)
@@ -151,13 +154,14 @@ class OpenVinoLogits:
 
         core = openvino.Core()
         graph = core.read_model(folder / FILE)
-        self.placeholders = graph.get_rt_info(list(_RT_INFO)).value
+        # A list is read back as one text.
+        self.placeholders, self.placeholder = map(int, graph.get_rt_info(list(_RT_INFO)).value.split())
         exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
         self.request = core.compile_model(graph, "CPU", exact).create_infer_request()
 
     def __call__(self, ids: Tensor) -> Tensor:
-        n, placeholder = (int(value) for value in self.placeholders)
-        whole = np.concatenate([np.full(n, placeholder, np.int64), ids.numpy()])[None]
+        n = self.placeholders
+        whole = np.concatenate([np.full(n, self.placeholder, np.int64), ids.numpy()])[None]
         self.request.reset_state()
         inputs = {"input_ids": whole, "attention_mask": np.ones_like(whole), "beam_idx": np.zeros(1, np.int32)}
         inputs["position_ids"] = np.arange(whole.shape[1])[None]

@@ -6,9 +6,10 @@ Nothing is left behind when it fails: the folder appears when it is complete.
 import logging
 import math
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -124,8 +125,8 @@ def report_export(exported: Exported, as_json: bool) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Exporters warn of what only their own developers can mend."""
-    with warnings.catch_warnings():
+    """Exporters warn of what only their own developers can mend, and show their progress where JSON is expected."""
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
