@@ -3,6 +3,9 @@
     python benchmarks/edge.py                              # 0.5 B, random weights: needs 14 GB and the extras
     python benchmarks/edge.py --layers 2 --vocab 2000 --new 8 --rounds 3 --name edge_small     # small, to try it
 
+It goes on where it stopped: rows of the same settings that are in the result file are not measured again. To write the
+graphs takes longer than to time them; with `--graphs FOLDER` (20 GB) they are kept there, and `--prepare` only writes them.
+
 Each cell is a process of its own, which loads one model, reads a prompt and then times single tokens, `--rounds` times
 `--new` of them; the widths of an engine follow each other, so that the machine's drift falls on neighbours alike. Timed
 are the engines' graphs, as their GenAI packages run them, without sampling and tokenising; the cache grows as in use.
@@ -25,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import write
+from record import RESULTS, write
 from worker import bandwidth, bytes_read
 
 ENGINES = {
@@ -81,7 +84,7 @@ def onnx_step(options: argparse.Namespace, streams: int, weights: str) -> Step:
     settings.intra_op_num_threads = torch.get_num_threads()
     folder = written("onnx", options, streams, weights)
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), settings, providers=["CPUExecutionProvider"])
-    shutil.rmtree(folder)
+    drop(folder, options)
     names = [port.name for port in session.get_inputs()][3:]
     shapes = [port.shape for port in session.get_inputs()][3:]
     held: dict[str, Any] = {}
@@ -100,7 +103,7 @@ def onnx_step(options: argparse.Namespace, streams: int, weights: str) -> Step:
 def openvino_step(options: argparse.Namespace, streams: int, weights: str) -> Step:
     import openvino
 
-    folder = written("openvino", options, streams, "float32" if weights == "bfloat16" else weights)
+    folder = written("openvino", options, streams, weights)
     core = openvino.Core()
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     settings["INFERENCE_PRECISION_HINT"] = "f32" if weights == "float32" else "bf16"
@@ -108,7 +111,7 @@ def openvino_step(options: argparse.Namespace, streams: int, weights: str) -> St
     placeholders = [int(value) for value in graph.get_rt_info(["parscale", "placeholders"]).value.split()]
     request = core.compile_model(graph, "CPU", settings).create_infer_request()
     del graph
-    shutil.rmtree(folder)
+    drop(folder, options)
 
     def step(ids: np.ndarray, cached: int) -> None:
         if not cached:
@@ -135,10 +138,22 @@ def inputs_of(ids: np.ndarray, cached: int) -> dict[str, np.ndarray]:
 
 def written(engine: str, options: argparse.Namespace, streams: int, weights: str) -> Path:
     """A folder with the graph alone, written by another process, so that its memory does not count here."""
-    folder = Path(tempfile.mkdtemp(dir=options.scratch))
-    call = [sys.executable, __file__, "--write", engine, str(folder), "--cell", engine, weights, str(streams)]
-    subprocess.run([*call, *passed_on(options)], check=True, stdout=subprocess.DEVNULL)
+    weights = "float32" if weights == "bfloat16" else weights  # OpenVINO computes one graph in either
+    name = f"{engine}-{weights}-{streams}-{options.layers}-{options.vocab}"
+    folder = Path(options.graphs or tempfile.mkdtemp(dir=options.scratch)) / name
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        call = [sys.executable, __file__, "--write", engine, str(partial), "--cell", engine, weights, str(streams)]
+        subprocess.run([*call, *passed_on(options)], check=True, stdout=subprocess.DEVNULL)
+        partial.rename(folder)
     return folder
+
+
+def drop(folder: Path, options: argparse.Namespace) -> None:
+    if not options.graphs:
+        shutil.rmtree(folder.parent)
 
 
 def write_graph(engine: str, folder: Path, options: argparse.Namespace, streams: int, weights: str) -> None:
@@ -191,8 +206,20 @@ def floor_bytes(options: argparse.Namespace, weights: str, streams: int) -> floa
 
 
 def passed_on(options: argparse.Namespace) -> list[str]:
-    names = ("layers", "vocab", "prompt", "new", "rounds", "scratch", "threads")
+    names = ("layers", "vocab", "prompt", "new", "rounds", "scratch", "graphs", "threads")
     return [part for name in names for part in (f"--{name}", str(getattr(options, name)))]
+
+
+def measured_before(name: str, settings: dict[str, Any]) -> tuple[list[dict[str, Any]], float]:
+    """Rows of the result file without an error, and the bandwidth (GB/s) that it was begun with; now if there is none
+    of these settings."""
+    path = RESULTS / f"{name}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"settings": {}, "rows": []}
+    before = dict(record["settings"])
+    speed = before.pop("bandwidth_gb_s", None)
+    if speed is None or before != settings:
+        return [], round(bandwidth(), 2)
+    return [row for row in record["rows"] if "error" not in row], speed
 
 
 def main() -> None:
@@ -207,6 +234,8 @@ def main() -> None:
     arguments.add_argument("--engines", nargs="*", default=list(ENGINES))
     arguments.add_argument("--weights", nargs="*", default=list(BYTES))
     arguments.add_argument("--scratch", default=tempfile.gettempdir(), help="folder for graphs, 3 GB")
+    arguments.add_argument("--graphs", default="", help="folder to keep all graphs in")
+    arguments.add_argument("--prepare", action="store_true", help="write the graphs to --graphs, time nothing")
     arguments.add_argument("--name", default="edge")
     arguments.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     arguments.add_argument("--write", nargs=2, help=argparse.SUPPRESS)
@@ -219,20 +248,32 @@ def main() -> None:
         else:
             print(json.dumps(cell(options, engine, weights, int(streams))))
         return
-    speed, rows = bandwidth(), []
-    shown = {k: v for k, v in vars(options).items() if k not in ("cell", "write", "scratch")}
-    for engine in options.engines:
-        for weights in ENGINES[engine]:
-            for streams in options.streams if weights in options.weights else ():
-                call = [sys.executable, __file__, "--cell", engine, weights, str(streams), *passed_on(options)]
-                done = subprocess.run(call, check=False, capture_output=True, text=True)
-                row = {"engine": engine, "weights": weights, "streams": streams, "error": done.stderr[-300:]}
-                if done.returncode == 0:
-                    row = json.loads(done.stdout.splitlines()[-1])
-                    row["floor_ms"] = round(floor_bytes(options, weights, streams) / speed / 1e6, 3)
-                rows.append(row)
-                print(row, flush=True)
-                write(options.name, shown | {"bandwidth_gb_s": round(speed, 2)}, rows)
+    cells = [
+        (engine, weights, streams)
+        for engine in options.engines
+        for weights in ENGINES[engine]
+        for streams in (options.streams if weights in options.weights else ())
+    ]
+    if options.prepare:
+        for engine, weights, streams in cells:
+            if engine != "torch":
+                print(written(engine, options, streams, weights), flush=True)
+        return
+    settings = {name: getattr(options, name) for name in ("layers", "vocab", "prompt", "new", "rounds", "threads")}
+    rows, speed = measured_before(options.name, settings)
+    done = {(row["engine"], row["weights"], row["streams"]) for row in rows}
+    for engine, weights, streams in cells:
+        if (engine, weights, streams) in done:
+            continue
+        call = [sys.executable, __file__, "--cell", engine, weights, str(streams), *passed_on(options)]
+        told = subprocess.run(call, check=False, capture_output=True, text=True)
+        row = {"engine": engine, "weights": weights, "streams": streams, "error": told.stderr[-300:]}
+        if told.returncode == 0:
+            row = json.loads(told.stdout.splitlines()[-1])
+            row["floor_ms"] = round(floor_bytes(options, weights, streams) / speed / 1e6, 3)
+        rows.append(row)
+        print(row, flush=True)
+        write(options.name, settings | {"bandwidth_gb_s": speed}, rows)
 
 
 if __name__ == "__main__":
