@@ -273,9 +273,13 @@ def _of_proc(file: str, field: str) -> float:
     return 1024.0 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
 
 
-def _name(device: str) -> str:
+def processor_name(device: str) -> str:
+    """What the maker calls the processor or accelerator."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     known = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in known if line.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads"
+    return next((line.split(":", 1)[1].strip() for line in known if line.startswith("model name")), platform.machine())
+
+
+def _name(device: str) -> str:
+    return processor_name(device) + ("" if device == "cuda" else f", {torch.get_num_threads()} threads")

@@ -7,6 +7,7 @@ file system that all of them share.
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from parscale.errors import InputError
+from parscale.load import first_line
 
 
 @contextmanager
@@ -34,10 +36,13 @@ def ray_tasks(address: str, workers: int | None = None) -> Iterator[tuple[int, C
         from ray.exceptions import RayTaskError
     except ImportError:
         raise InputError(f"ray={address} needs Ray: pip install 'parscale[cluster]'") from None
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"ray={address}: no cluster answers there ({str(error).splitlines()[0]})") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"ray={address}: no cluster answers there ({first_line(error)})") from None
     try:
         resources = ray.cluster_resources()
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from parscale.config import StreamsConfig
+from parscale.cost.measure import processor_name
 from parscale.errors import InputError
 from parscale.experiments.report import write_demo_report
 from parscale.generate import complete
@@ -187,7 +188,7 @@ def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
         "platform": platform.platform(),
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "processor": processor_name("cuda" if torch.cuda.is_available() else "cpu"),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -9,9 +9,9 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1 { line-height: 1.2; } table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { padding: .35rem .75rem; border-bottom: 1px solid #d0d7de; text-align: right; }
-th:first-child, td:first-child { text-align: left; } caption { text-align: left; font-weight: 600; padding: .35rem 0; }
+td.text, th.text { text-align: left; } caption { text-align: left; font-weight: 600; padding: .35rem 0; }
 pre { background: #f6f8fa; padding: .75rem; overflow-x: auto; white-space: pre-wrap; }
-svg { width: 100%; height: auto; }
+a { white-space: nowrap; } svg { width: 100%; height: auto; } details { margin: 1rem 0; } summary { cursor: pointer; }
 .note { color: #57606a; }
 """
 
@@ -73,12 +73,24 @@ def page(title: str, body: str) -> str:
 
 
 def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table of plain strings, escaped."""
-    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    """An HTML table of plain strings, escaped. A cell `#name` is a link to that place of the page."""
+    kinds = [_kind([row[place] for row in rows]) for place in range(len(columns))]
+    head = "".join(f'<th scope="col"{kind}>{html.escape(column)}</th>' for kind, column in zip(kinds, columns))
+    lines = ("".join(f"<td{kind}>{_linked(cell)}</td>" for kind, cell in zip(kinds, row)) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     return (
         f"<table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
+
+
+def _kind(cells: Sequence[str]) -> str:
+    """Words stand left, numbers right, so that their digits can be compared."""
+    return ' class="text"' if any(cell[:1].isalpha() or cell[:1] in "#[" for cell in cells) else ""
+
+
+def _linked(cell: str) -> str:
+    told = html.escape(cell)
+    return f'<a href="{told}">{told[1:]}</a>' if told.startswith("#") else told
 
 
 def svg(draw: Any, *args: Any) -> str:

@@ -20,12 +20,14 @@ from parscale.experiments.verdicts import Verdict
 
 RUNNABLE = ("gpu", "cpu", "smoke")
 """Scales whose rows can be there; a claim's verdict is that of the first that has rows."""
+MANY_PLACES = 12
 INTRODUCTION = (
     "Losses are nats per token on held-out text. A gain is the control's loss minus a run's, of the same seed, text "
     "and tokens; the control is one stream with a prefix. Beside it: its 95 % bootstrap interval over seeds, and its "
     "size in standard deviations of the control over seeds (sd). A part is supported where the interval of three or "
     "more seeds is above 0, not supported where it is nowhere above 0, else undecided; a claim is what all its parts "
-    "are. The scale smoke proves the machinery alone: its runs are a few steps long and decide nothing."
+    "are. The scale smoke proves the machinery alone: its runs are a few steps long and decide nothing. What the "
+    "paper's own sizes would take is told in hours of one H100 (h)."
 )
 
 
@@ -44,7 +46,7 @@ def write_report(results: Path, out: Path | None = None) -> Path:
     parts = [
         "<h1>What the experiments say of parallel streams</h1>",
         f"<p>{html.escape(INTRODUCTION)}</p>",
-        table("Claims", ("experiment", "verdict", "scale", "rows", "the claim"), summary),
+        table("Claims", ("experiment", "verdict", "scale", "rows", "the claim", "the paper's scale"), summary),
         *(_section(claim, verdicts[name], rows[name]) for name, claim in CLAIMS.items()),
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +64,13 @@ def _summary(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str
     scale = next(iter(verdicts), "")
     outcome = verdicts[scale].outcome if scale else "not run"
     count = sum(row["scale"] == scale for row in rows)
-    return claim.name, "machinery only" if scale == "smoke" else outcome, scale, str(count), claim.sentence
+    hours = sum(row["H100 hours"] for row in planned(claim))
+    paper = f"not run, {hours:,} h" if hours else ""
+    return f"#{claim.name}", _told(scale, outcome), scale, str(count), claim.sentence, paper
+
+
+def _told(scale: str, outcome: str) -> str:
+    return "machinery only" if scale == "smoke" else outcome
 
 
 def _section(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str, Any]]) -> str:
@@ -74,7 +82,7 @@ def _section(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str
     if not verdicts:
         parts.append("<p>Not run.</p>")
     for scale, verdict in verdicts.items():
-        parts.append(f"<h3>{scale}: {verdict.outcome}</h3><p>{html.escape(verdict.reason)}</p>")
+        parts.append(f"<h3>{scale}: {_told(scale, verdict.outcome)}</h3>{_reason(verdict.reason)}")
         if verdict.table:
             columns = tuple(verdict.table[0])
             cells = [tuple(_cell(row.get(name)) for name in columns) for row in verdict.table]
@@ -82,24 +90,39 @@ def _section(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str
         if any(len(points) > 1 for points in verdict.curves.values()):
             parts.append(svg(_draw, verdict.curves, verdict.axes))
         parts.append(f'<p class="note">{html.escape(_machines(rows, scale))}</p>')
-    plan = planned(claim)
-    if plan:
-        caption = (
-            f"At the paper's scale: not run. H100 hours are 6·N·P·D operations at {UTILISATION:.0%} of "
-            f"{H100_FLOPS / 1e12:.0f} TFLOP/s; {sum(row['H100 hours'] for row in plan):,} in all"
-        )
+    if plan := planned(claim):
+        hours = f"{sum(row['H100 hours'] for row in plan):,}"
+        caption = f"Hours of one H100: 6·N·P·D operations at {UTILISATION:.0%} of {H100_FLOPS / 1e12:.0f} TFLOP/s"
         cells = [(*(str(value) for value in row.values()), "not run") for row in plan]
-        parts.append(table(caption, (*plan[0], "loss"), cells))
+        parts.append(
+            f"<details><summary>At the paper's scale: not run; {hours} hours of one H100</summary>"
+            f"{table(caption, (*plan[0], 'loss'), cells)}</details>"
+        )
     return "\n".join(parts)
+
+
+def _reason(told: str) -> str:
+    """A paragraph; a list where it is a value for each of many parts."""
+    lead, colon, rest = told.partition(": ")
+    parts = rest.removesuffix(".").split("; ")
+    if len(parts) < 4 or not all(": " in part for part in parts):
+        return f"<p>{html.escape(told)}</p>"
+    return f"<p>{html.escape(lead + colon)}</p><ul>{''.join(f'<li>{html.escape(part)}</li>' for part in parts)}</ul>"
 
 
 def _machines(rows: Sequence[dict[str, Any]], scale: str) -> str:
     """On what, and how long."""
     of = [row for row in rows if row["scale"] == scale]
     machines = dict.fromkeys(_machine(row["machine"]) for row in of if "machine" in row)
-    hours = sum(row.get("seconds", 0.0) for row in of) / 3600
-    spent = f" {hours:.2f} hours of training." if hours else ""
+    seconds = sum(row.get("seconds", 0.0) for row in of)
+    spent = f" {_span(seconds)} of training." if seconds else ""
     return f"{len(of)} rows on {'; '.join(machines)}.{spent}"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _machine(told: dict[str, Any]) -> str:
@@ -117,8 +140,18 @@ def _cell(value: Any) -> str:
 
 def _draw(figure: Any, curves: dict[str, list[tuple[float, float]]], axes: tuple[str, str]) -> None:
     plot = figure.subplots()
+    places = sorted({x for points in curves.values() for x, _ in points})
+    cloud = len(places) > MANY_PLACES  # of single runs: a line through them would mean nothing
     for label, points in curves.items():
-        plot.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label)
+        x, y = zip(*sorted(points), strict=True)
+        plot.plot(x, y, marker="o", markersize=4, linestyle="" if cloud else "-", label=label)
+    if all(x.is_integer() for x in places):
+        if places[0] > 0:
+            plot.set_xscale("log", base=2)
+        plot.set_xticks(places, [f"{x:.0f}" for x in places])
+        plot.minorticks_off()
+    if plot.get_ylim()[0] < 0 < plot.get_ylim()[1]:
+        plot.axhline(0, color="black", linewidth=0.8)
     plot.set(xlabel=axes[0], ylabel=axes[1])
     plot.grid(alpha=0.3)
     plot.legend(frameon=False)

@@ -98,7 +98,7 @@ def sweep(
     elsewhere = {row["key"]: row for other in sorted(results.glob("*.jsonl")) for row in read_rows(other)}
     wanted = [Task(run, seed, scale, dict(corpora), work, True) for seed in seeds for run in runs]
     pending = {task.key: task for task in wanted if task.key not in done}
-    for key in pending.keys() & elsewhere.keys():
+    for key in [key for key in pending if key in elsewhere]:
         _append(file, row := elsewhere[key] | {"experiment": experiment, "name": pending.pop(key).run.name})
         yield row
     _check_corpora(pending.values())
