@@ -4,7 +4,7 @@
     python benchmarks/edge.py --layers 2 --vocab 2000 --new 8 --rounds 3 --name edge_small     # small, to try it
 
 It goes on where it stopped: rows of the same settings that are in the result file are not measured again. To write the
-graphs takes longer than to time them; with `--graphs FOLDER` (20 GB) they are kept there, and `--prepare` only writes them.
+graphs takes longer than to time them: `--graphs FOLDER` (20 GB) keeps them there, and `--prepare` only writes them.
 
 Each cell is a process of its own, which loads one model, reads a prompt and then times single tokens, `--rounds` times
 `--new` of them; the widths of an engine follow each other, so that the machine's drift falls on neighbours alike. Timed
