@@ -194,3 +194,13 @@ def test_workers_share_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert added["LoRA"] == pytest.approx(added["P=4, prefix+lora"], rel=0.05)
     assert all(row["corpora"]["forgetting"]["before"] > 0 for row in rows)
     assert CLAIMS["domains"].verdict(rows).outcome in ("undecided", "not run")
+
+
+def test_the_documents_name_every_experiment_and_count_its_runs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    lines = {line.split("`")[1]: line.split("|")[3].strip() for line in text.splitlines() if line.startswith("| `")}
+    for name, claim in CLAIMS.items():
+        texts = ["code", "other"] if claim.corpora == 2 or claim.chats else ["code"]
+        assert lines[name] == str(len(claim.runs(SCALES["cpu"], texts)) or "")
+    verb = (Path(sweeping.__file__).with_name("verbs.py")).read_text(encoding="utf-8")
+    assert all(name in verb for name in CLAIMS)
