@@ -101,6 +101,8 @@ class Scale:
     text_tokens: int = 20_000_000
     """Of a text at most; a run that is longer passes over it again."""
     lora_rank: int = 8
+    learning_rate: float = 3e-3
+    stream_learning_rate: float = 1e-2
     validation_blocks: int = 256
     """Sequences that the loss is measured on; a quarter of them for the closer look at the streams."""
     evaluations: int = 4
@@ -113,6 +115,8 @@ class Scale:
             "batch_size": self.batch_size,
             "block_size": self.block_size,
             "vocab_size": self.vocab_size,
+            "learning_rate": self.learning_rate,
+            "stream_learning_rate": self.stream_learning_rate,
         }
         return Run(name, corpus, streams=streams, **given | changes)
 
@@ -140,7 +144,8 @@ SCALES: dict[str, Scale] = {
         validation_blocks=16, evaluations=1,
     ),
     "cpu": Scale(
-        "cpu", "pico", ("2x24x2", "pico", "2x48x3", "nano", "3x96x4"), 512, 128, 16, 800 * 2048, 600 * 2048, (2, 4, 8)
+        "cpu", "pico", ("2x24x2", "pico", "2x48x3", "nano", "3x96x4"), 512, 128, 16, 800 * 2048, 600 * 2048, (2, 4, 8),
+        learning_rate=2e-2, stream_learning_rate=2e-2,
     ),
     "gpu": Scale(
         "gpu", "mini", ("nano", "micro", "4x192x4", "mini", "small"), 2048, 256, 128,
