@@ -22,7 +22,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     for corpus in corpora:
         control = scale.run("pretrain, control", corpus, scale.prefix(1))
         found += against(control, _both(scale, corpus, scale.streams))
-        found += against(control, _prefixes(scale, corpus))
+        found += against(control, _variants(scale, corpus))
         base = scale.base(corpus)
         for stage in SECOND:
             more: dict[str, Any] = {"stage": stage, "start": base}
@@ -70,13 +70,19 @@ def _both(scale: Scale, corpus: str, counts: Sequence[int], stage: Stage = "pret
     ]
 
 
-def _prefixes(scale: Scale, corpus: str) -> list[Run]:
-    """What the prefix should be with shared keys: each its own (above), one for all, or none."""
-    one = scale.lora(P_SECOND, kv="shared", shared_prefix=True)
-    none = scale.lora(P_SECOND, kv="shared", diversify=("lora",), prefix_tokens=0)
+def _variants(scale: Scale, corpus: str) -> list[Run]:
+    """What the streams should have with shared keys: a prefix each (above), one for all, or none; and whether the first
+    stream may go without a LoRA."""
+    bare: Any = {"diversify": ("lora",), "prefix_tokens": 0}
+    variants: dict[str, Any] = {
+        "one prefix": {"shared_prefix": True},
+        "no prefix": bare,
+        "plain first": {"plain_first": True},
+        "plain first, no prefix": bare | {"plain_first": True},
+    }
     return [
-        scale.run(f"pretrain, P={P_SECOND}, shared, one prefix", corpus, one),
-        scale.run(f"pretrain, P={P_SECOND}, shared, no prefix", corpus, none),
+        scale.run(f"pretrain, P={P_SECOND}, shared, {name}", corpus, scale.lora(P_SECOND, kv="shared", **changes))
+        for name, changes in variants.items()
     ]
 
 
