@@ -19,8 +19,8 @@ def test_two_experiments_and_their_report(
     write_corpus(Path("corpus"))
     assert main(["experiment", "baseline", "aggregation", "--corpus", "code=corpus"]) == 0
     told = capsys.readouterr().out
-    assert "baseline, smoke: undecided. Gain over the control: P=2, prefix on code: " in told
-    assert "aggregation, smoke: undecided. Learned weights over the mean" in told
+    assert "baseline, smoke: machinery only. Gain over the control: P=2, prefix on code: " in told
+    assert "aggregation, smoke: machinery only. Learned weights over the mean" in told
     rows = {name: read_rows(Path(f"results/{name}.jsonl")) for name in ("baseline", "aggregation")}
     for name, of in rows.items():
         assert {row["name"] for row in of} == {run.name for run in CLAIMS[name].runs(SCALES["smoke"], ["code"])}

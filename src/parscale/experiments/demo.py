@@ -52,7 +52,7 @@ class Setting:
 
 SETTINGS = {
     "smoke": Setting("pico", 384, 32, 8, base_tokens=20 * 8 * 32, tokens=10 * 8 * 32, lora_rank=2),
-    "cpu": Setting("pico", 512, 128, 32, base_tokens=800 * 32 * 128, tokens=600 * 32 * 128),
+    "cpu": Setting("pico", 512, 128, 16, 800 * 16 * 128, 600 * 16 * 128, learning_rate=2e-2, stream_learning_rate=2e-2),
     "gpu": Setting("micro", 2048, 256, 128, base_tokens=3000 * 128 * 256, tokens=3000 * 128 * 256),
 }
 

@@ -92,6 +92,11 @@ def verdict_of(claim: Claim, rows: Sequence[dict[str, Any]], scale: str) -> Verd
     return claim.verdict(of_scale) if of_scale else NOT_RUN
 
 
+def outcome_told(outcome: str, scale: str) -> str:
+    """The verdict in words: a few steps decide nothing, whatever the numbers."""
+    return "machinery only" if scale == "smoke" and outcome != "not run" else outcome
+
+
 def planned(claim: Claim) -> list[dict[str, Any]]:
     """The runs of the paper's scale and the models that they continue, each once, with the hours of one H100 that it
     needs (`shapes.gpu_hours`)."""
@@ -150,5 +155,5 @@ def _run(
         console.print(f"{claim.name} {count}{of}: {row['name']}{seed} {told}", highlight=False)
     verdict = verdict_of(claim, read_rows(results / f"{claim.name}.jsonl"), scale)
     print_table(claim.sentence, verdict.table)
-    console.print(f"{claim.name}, {scale}: {verdict.outcome}. {verdict.reason}", highlight=False)
+    console.print(f"{claim.name}, {scale}: {outcome_told(verdict.outcome, scale)}. {verdict.reason}", highlight=False)
     return verdict

@@ -9,7 +9,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1 { line-height: 1.2; } table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { padding: .35rem .75rem; border-bottom: 1px solid #d0d7de; text-align: right; }
-td.text, th.text { text-align: left; } td { vertical-align: top; } caption { text-align: left; font-weight: 600; padding: .35rem 0; }
+td.text, th.text { text-align: left; } td { vertical-align: top; }
+caption { text-align: left; font-weight: 600; padding: .35rem 0; }
 pre { background: #f6f8fa; padding: .75rem; overflow-x: auto; white-space: pre-wrap; }
 a { white-space: nowrap; } svg { width: 100%; height: auto; } details { margin: 1rem 0; } summary { cursor: pointer; }
 @media (max-width: 40rem) { td.text { min-width: 7rem; } }

@@ -12,7 +12,7 @@ from typing import Any
 from parscale.errors import InputError
 from parscale.experiments.catalogue import CLAIMS
 from parscale.experiments.claim import Claim
-from parscale.experiments.experiment import planned, verdict_of
+from parscale.experiments.experiment import outcome_told, planned, verdict_of
 from parscale.experiments.report import page, svg, table
 from parscale.experiments.shapes import H100_FLOPS, UTILISATION
 from parscale.experiments.sweep import read_rows
@@ -66,11 +66,7 @@ def _summary(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str
     count = sum(row["scale"] == scale for row in rows)
     hours = sum(row["H100 hours"] for row in planned(claim))
     paper = f"not run, {hours:,} h" if hours else ""
-    return f"#{claim.name}", _told(scale, outcome), scale, str(count), claim.sentence, paper
-
-
-def _told(scale: str, outcome: str) -> str:
-    return "machinery only" if scale == "smoke" else outcome
+    return f"#{claim.name}", outcome_told(outcome, scale), scale, str(count), claim.sentence, paper
 
 
 def _section(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str, Any]]) -> str:
@@ -82,7 +78,7 @@ def _section(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str
     if not verdicts:
         parts.append("<p>Not run.</p>")
     for scale, verdict in verdicts.items():
-        parts.append(f"<h3>{scale}: {_told(scale, verdict.outcome)}</h3>{_reason(verdict.reason)}")
+        parts.append(f"<h3>{scale}: {outcome_told(verdict.outcome, scale)}</h3>{_reason(verdict.reason)}")
         if verdict.table:
             columns = tuple(verdict.table[0])
             cells = [tuple(_cell(row.get(name)) for name in columns) for row in verdict.table]

@@ -35,6 +35,8 @@ from parscale.train.sft import load_chats
 from parscale.train.trainer import RECORD, TrainResult, train
 
 Corpora = Mapping[str, tuple[str, ...]]
+FIXED: dict[str, Any] = {"weight_decay": 0.1, "schedule": "wsd", "warmup": 0.05, "gradient_clip": 1.0}
+"""Of every run. They are not in a row's key, so they must not follow the defaults of training."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def perform(task: Task) -> dict[str, Any]:
             learning_rate=run.learning_rate,
             stream_learning_rate=run.stream_learning_rate,
             decay=run.decay,
+            **FIXED,
             evaluations=SCALES[task.scale].evaluations,
             validation_blocks=SCALES[task.scale].validation_blocks,
             seed=task.seed,
