@@ -117,6 +117,13 @@ def test_theory(sign: int, outcome: str) -> None:
     assert found.table[0]["[(P−1)ρ+1]/P"] == pytest.approx((3 * 0.1 + 1) / 4)
 
 
+def test_theory_says_nothing_of_a_few_runs() -> None:
+    streamed = [row for p in (2, 4) for row in seeds(f"P={p}", 3.0, 2.9, streams=p, measured={"rho": 0.1 * p})]
+    rows = seeds("control", *CONTROL) + streamed
+    two_texts = rows + [row | {"corpus": "prose"} for row in rows]
+    assert verdict("theory", two_texts).outcome == "undecided"  # eight in all, but four on each text
+
+
 def test_prefix() -> None:
     bands = [[0.4, 0.4], [0.3, 0.3], [0.1, 0.2]]
     measured = {"prefix_attention_by_position": bands, "rho_by_position": [0.9, 0.8]}

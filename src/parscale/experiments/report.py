@@ -2,9 +2,11 @@
 
 import html
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
+_NUMBER = re.compile(r"[+-]?[\d.,]+(e[+-]?\d+)?%?")
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1 { line-height: 1.2; } table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
@@ -87,7 +89,7 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -
 
 def _kind(cells: Sequence[str]) -> str:
     """Words stand left, numbers right, so that their digits can be compared."""
-    return ' class="text"' if any(cell[:1].isalpha() or cell[:1] in "#[" for cell in cells) else ""
+    return "" if all(_NUMBER.fullmatch(cell) for cell in cells if cell) else ' class="text"'
 
 
 def _linked(cell: str) -> str:

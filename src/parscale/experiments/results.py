@@ -20,7 +20,6 @@ from parscale.experiments.verdicts import Verdict
 
 RUNNABLE = ("gpu", "cpu", "smoke")
 """Scales whose rows can be there; a claim's verdict is that of the first that has rows."""
-MANY_PLACES = 12
 INTRODUCTION = (
     "Losses are nats per token on held-out text. A gain is the control's loss minus a run's, of the same seed, text "
     "and tokens; the control is one stream with a prefix. Beside it: its 95 % bootstrap interval over seeds, and its "
@@ -84,7 +83,7 @@ def _section(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str
             cells = [tuple(_cell(row.get(name)) for name in columns) for row in verdict.table]
             parts.append(table(f"{claim.name}, {scale}", columns, cells))
         if any(len(points) > 1 for points in verdict.curves.values()):
-            parts.append(svg(_draw, verdict.curves, verdict.axes))
+            parts.append(svg(_draw, verdict))
         parts.append(f'<p class="note">{html.escape(_machines(rows, scale))}</p>')
     if plan := planned(claim):
         hours = f"{sum(row['H100 hours'] for row in plan):,}"
@@ -134,13 +133,12 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _draw(figure: Any, curves: dict[str, list[tuple[float, float]]], axes: tuple[str, str]) -> None:
+def _draw(figure: Any, verdict: Verdict) -> None:
     plot = figure.subplots()
-    places = sorted({x for points in curves.values() for x, _ in points})
-    cloud = len(places) > MANY_PLACES  # of single runs: a line through them would mean nothing
-    for label, points in curves.items():
+    places = sorted({x for points in verdict.curves.values() for x, _ in points})
+    for label, points in verdict.curves.items():
         x, y = zip(*sorted(points), strict=True)
-        plot.plot(x, y, marker="o", markersize=4, linestyle="" if cloud else "-", label=label)
+        plot.plot(x, y, marker="o", markersize=4, linestyle="" if verdict.cloud else "-", label=label)
     if all(x.is_integer() for x in places):
         if places[0] > 0:
             plot.set_xscale("log", base=2)
@@ -148,6 +146,6 @@ def _draw(figure: Any, curves: dict[str, list[tuple[float, float]]], axes: tuple
         plot.minorticks_off()
     if plot.get_ylim()[0] < 0 < plot.get_ylim()[1]:
         plot.axhline(0, color="black", linewidth=0.8)
-    plot.set(xlabel=axes[0], ylabel=axes[1])
+    plot.set(xlabel=verdict.axes[0], ylabel=verdict.axes[1])
     plot.grid(alpha=0.3)
     plot.legend(frameon=False)

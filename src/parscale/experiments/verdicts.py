@@ -58,6 +58,8 @@ class Verdict:
     table: list[Row] = field(default_factory=list)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     axes: tuple[str, str] = ("", "")
+    cloud: bool = False
+    """Whether the points are single runs, and not places of a curve."""
 
 
 NOT_RUN = Verdict("not run", "No rows.")

@@ -46,7 +46,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             outcomes.append(change.outcome)
             said.append(f"{streams} on {corpus}: {change}")
     reason = "Gain at the most tokens less that at the fewest: " + "; ".join(said) + "."
-    return Verdict(combine(outcomes), reason, table, curves, ("log2 of tokens", "gain over the control (nats)"))
+    axes = ("log2 of the tokens over the scale's", "gain over the control (nats)")
+    return Verdict(combine(outcomes), reason, table, curves, axes)
 
 
 def _against_its_control(run: Run, runs: list[Run]) -> Run:

@@ -59,7 +59,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     spent = (
         f" {sum(row['tokens'] for row in rows) / 1e6:.0f} M tokens in {sum(r['seconds'] for r in rows) / 3600:.1f} h."
     )
-    return Verdict(combine(outcomes), " ".join(said) + spent, table, curves, ("log10 N", "loss (nats)"))
+    return Verdict(combine(outcomes), " ".join(said) + spent, table, curves, ("log10 N", "loss (nats)"), cloud=True)
 
 
 def law_runs(rows: Sequence[Row]) -> list[dict[str, Any]]:

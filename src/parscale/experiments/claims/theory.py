@@ -8,6 +8,9 @@ from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
 from parscale.experiments.verdicts import RESAMPLES, Row, Verdict, by_corpus, by_seed, loss
 
+LEAST = 6
+"""Runs on a text that a rank correlation is told for."""
+
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     found = []
@@ -38,9 +41,9 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             table.append(
                 {"text": corpus, "run": row["name"], "seed": row["seed"], "ρ": rho, "[(P−1)ρ+1]/P": left, "gain": gain}
             )
-    if sum(map(len, points.values())) < 6:
-        return Verdict("undecided" if table else "not run", "Fewer than 6 runs with streams.", table)
-    slopes = {corpus: _rank_correlation(np.array(of)) for corpus, of in points.items() if len(of) >= 6}
+    slopes = {corpus: _rank_correlation(np.array(of)) for corpus, of in points.items() if len(of) >= LEAST}
+    if not slopes:
+        return Verdict("undecided" if table else "not run", f"Fewer than {LEAST} runs with streams on a text.", table)
     said = [f"{corpus}: {value:+.2f} [{low:+.2f}, {high:+.2f}]" for corpus, (value, low, high) in slopes.items()]
     outcome = "undecided"
     if all(low > 0 for _, low, _ in slopes.values()):
@@ -48,7 +51,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     elif all(high <= 0 for _, _, high in slopes.values()):
         outcome = "not supported"
     reason = "Rank correlation of the predicted share and the gain, over runs: " + "; ".join(said) + "."
-    return Verdict(outcome, reason, table, points, ("share of the reducible loss that goes, by theory", "gain (nats)"))
+    axes = ("share of the reducible loss that goes, by theory", "gain (nats)")
+    return Verdict(outcome, reason, table, points, axes, cloud=True)
 
 
 def _rank_correlation(points: np.ndarray) -> tuple[float, float, float]:
