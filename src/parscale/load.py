@@ -18,17 +18,17 @@ LORA = "adapter_config.json"
 def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained`, safetensors only and no remote code.
 
-    A folder of adapters is loaded onto the base that it names: a LoRA of `peft` is merged into its weights, and the
-    streams beside it are put on. `quantize` holds the backbone in "int8" or "int4": by torchao on a CPU, by
-    bitsandbytes on a GPU.
+    A folder of adapters is loaded onto the base that it names: a LoRA of `peft` is merged into its weights, or put on
+    where they are quantised, and the streams beside it are put on. `quantize` holds the backbone in "int8" or "int4":
+    by torchao on a CPU, by bitsandbytes on a GPU.
 
     Raises:
-        InputError: no such folder or hub name, a config that no model understands, a damaged checkpoint, or the
-            package for the quantisation is not there.
+        InputError: no such folder or hub name, a config that no model understands, a damaged checkpoint, adapters of a
+            base in other bits, or the package for the quantisation is not there.
     """
     folder = Path(name)
     if not (folder / "config.json").exists() and any((folder / file).exists() for file in (MANIFEST, LORA)):
-        return _load_adapters(folder, options)
+        return _load_adapters(folder, quantize, options)
     try:
         return AutoModelForCausalLM.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, **_quantization(quantize), **options
@@ -58,7 +58,7 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _load_adapters(folder: Path, options: dict[str, Any]) -> Any:
+def _load_adapters(folder: Path, asked: str, options: dict[str, Any]) -> Any:
     try:
         facts = {file: json.loads((folder / file).read_text()) for file in (MANIFEST, LORA) if (folder / file).exists()}
         base = facts[MANIFEST]["base"]["name"] if MANIFEST in facts else facts[LORA]["base_model_name_or_path"]
@@ -66,13 +66,20 @@ def _load_adapters(folder: Path, options: dict[str, Any]) -> Any:
         quantize = json.loads(record.read_text())["config"]["quantize"] if record.exists() else "none"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"model {str(folder)!r}: its adapters' files cannot be read ({first_line(error)})") from None
+    if asked not in ("none", quantize):
+        raise InputError(
+            f"quantize={asked!r} with model {str(folder)!r}: its base was in {quantize!r} in training; leave "
+            "quantize out, or give the same"
+        )
     model = load_model(base, quantize=quantize, **options)
     if MANIFEST in facts:
         model = load_streams(model, folder)
     if LORA in facts:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        # a merge into few bits would round most of the LoRA away
+        model = adapted.merge_and_unload() if quantize == "none" else adapted.get_base_model()
     return model
 
 

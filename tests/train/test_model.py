@@ -121,15 +121,19 @@ def test_any_stage_goes_on_from_any_other(base: Path, text: PackedText, tmp_path
     assert load_model(previous).streams == 4
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_streams_over_a_quantised_backbone(bits: str, text: PackedText, tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
+@pytest.fixture
+def wide(text: PackedText, tmp_path: Path) -> str:
+    """A folder with a model that is wide enough for groups of 4-bit values."""
     plain = build(hidden_size=64, intermediate_size=128, head_dim=16, vocab_size=len(text.tokenizer))
-    plain.save_pretrained(tmp_path / "base")
-    text.tokenizer.save_pretrained(tmp_path / "base")
-    config = run(
-        "frozen", tmp_path / "out", model=str(tmp_path / "base"), streams=STREAMS, quantize=bits, tokens=20 * 256
-    )
+    plain.save_pretrained(tmp_path / "wide")
+    text.tokenizer.save_pretrained(tmp_path / "wide")
+    return str(tmp_path / "wide")
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_streams_over_a_quantised_backbone(bits: str, wide: str, text: PackedText, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    config = run("frozen", tmp_path / "out", model=wide, streams=STREAMS, quantize=bits, tokens=20 * 256)
     result = train(config, data=text)
     assert result.validation_loss < result.start_loss - 0.05
     assert {file.name for file in config.output.glob("*.safetensors")} == {"streams.safetensors"}
@@ -138,6 +142,37 @@ def test_streams_over_a_quantised_backbone(bits: str, text: PackedText, tmp_path
     ids = torch.as_tensor(text.validation[:16]["input_ids"])
     with torch.no_grad():
         assert again(input_ids=ids, labels=ids).loss.item() == pytest.approx(result.validation_loss, abs=0.02)
+    on = train(run("frozen", tmp_path / "on", model=str(config.output), quantize=bits), data=text)
+    assert on.start_loss == pytest.approx(result.validation_loss, abs=0.02)
+    assert load_model(tmp_path / "on").is_quantized
+    with pytest.raises(InputError, match="give quantize, as it was trained with"):
+        train(run("frozen", tmp_path / "whole", model=str(config.output)), data=text)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_streams_and_a_lora_over_a_quantised_backbone(bits: str, wide: str, text: PackedText, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    settings = {"streams": STREAMS, "quantize": bits, "tokens": 20 * 256, "peft": "lora", "peft_rank": 4}
+    result = train(run("retrofit", tmp_path / "out", model=wide, **settings), data=text)
+    assert result.validation_loss < result.start_loss - 0.05
+    written = {file.name for file in (tmp_path / "out").glob("*.safetensors")}
+    assert written == {"streams.safetensors", "adapter_model.safetensors"}
+    again = load_model(tmp_path / "out")
+    ids = torch.as_tensor(text.validation[:16]["input_ids"])
+    with torch.no_grad():
+        assert again(input_ids=ids, labels=ids).loss.item() == pytest.approx(result.validation_loss, abs=0.02)
+        for name, parameter in again.named_parameters():
+            if ".lora_B." in name:
+                parameter.zero_()
+        assert again(input_ids=ids, labels=ids).loss.item() > result.validation_loss + 0.05
+    assert again.generate(ids[:1], max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+    with pytest.raises(InputError, match="it cannot be merged to train on"):
+        train(run("frozen", tmp_path / "more", model=str(tmp_path / "out")), data=text)
+
+
+def test_bits_for_adapters_that_have_their_base_are_refused(with_lora: Path, text: PackedText, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="its base was in 'none' in training"):
+        train(run("frozen", tmp_path / "out", model=str(with_lora), quantize="int8"), data=text)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +180,7 @@ def test_streams_over_a_quantised_backbone(bits: str, text: PackedText, tmp_path
     [
         ({"stage": "frozen", "peft": "lora"}, "for a LoRA too, take 'retrofit'"),
         ({"stage": "retrofit", "quantize": "int4"}, "few bits cannot be trained; take 'frozen'"),
+        ({"stage": "pretrain", "quantize": "int4", "peft": "lora"}, "few bits cannot be trained; take 'frozen'"),
         ({"stage": "retrofit", "backbone_delay": 1.0}, "backbone_delay=1.0"),
         ({"stage": "retrofit", "patience": 0}, "patience=0"),
         ({"stage": "retrofit", "smooth_validation": 1.0}, "smooth_validation=1.0"),

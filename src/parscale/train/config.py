@@ -139,7 +139,7 @@ class TrainConfig:
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         peft: lora: train a LoRA of the backbone instead of its weights.
         peft_rank: rank of that LoRA.
-        quantize: frozen: hold the backbone's weights in 8 or 4 bits (CPU: torchao; GPU: bitsandbytes).
+        quantize: frozen, or with a LoRA: hold the backbone's weights in 8 or 4 bits (CPU: torchao; GPU: bitsandbytes).
         evaluations: how often to measure the validation loss, evenly spread; the last is at the end.
         validation_blocks: sequences to measure it on, at most.
         smooth_validation: share of the past in the running mean of the validation loss.
@@ -224,9 +224,10 @@ class TrainConfig:
             )
         if self.stage == "frozen" and self.peft != "none":
             raise InputError("stage 'frozen' trains what the streams add alone; for a LoRA too, take 'retrofit'")
-        if self.quantize != "none" and self.stage != "frozen":
+        if self.quantize != "none" and (self.stage == "pretrain" or (self.stage != "frozen" and self.peft == "none")):
             raise InputError(
-                f"quantize={self.quantize!r} with stage {self.stage!r}: few bits cannot be trained; take 'frozen'"
+                f"quantize={self.quantize!r} with stage {self.stage!r}: few bits cannot be trained; take 'frozen', or "
+                "'retrofit' or 'sft' with peft='lora'"
             )
         _ = self.rates
 

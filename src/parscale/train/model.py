@@ -33,16 +33,19 @@ def model_of(config: TrainConfig, tokenizer: Any, calibration: torch.Tensor) -> 
         calibration: token ids (B, T) of its text, that the prefix's start is fitted to.
 
     Raises:
-        InputError: the model cannot be had, does not fit the tokenizer, or has other streams than asked for.
+        InputError: the model cannot be had or trained on, does not fit the tokenizer, or has other streams than asked
+            for.
     """
     if config.stage == "pretrain":
         model: Any = build(config.model, tokenizer, config.block_size)
     else:
         model = load_model(config.model, quantize=config.quantize)
+        _check_quantized(model, config)
         check_vocabulary(model.config.vocab_size, tokenizer, config.model)
     _give_streams(model, config, calibration)
     if config.quantize != "none":
-        model._hf_peft_config_loaded = True  # the Trainer wants adapters on a quantised model: the streams are some
+        # the Trainer wants adapters on a quantised model: the streams are some; and it knows no 4 bits of torchao
+        model._hf_peft_config_loaded = True
     if config.peft == "lora":
         model = _with_lora(model, config.peft_rank)
     freeze_backbone(model, config.stage, lora=config.peft == "lora")
@@ -72,6 +75,17 @@ def save_model(model: Any, folder: Path, whole: dict[str, torch.Tensor] | None =
         save_streams(model, folder)
     else:
         model.save_pretrained(folder, state_dict=whole)
+
+
+def _check_quantized(model: Any, config: TrainConfig) -> None:
+    """Refuse what cannot be trained of adapters on a base in few bits."""
+    if hasattr(model, "peft_config"):
+        raise InputError(
+            f"model={config.model!r} is a LoRA on a base in few bits, into which it cannot be merged to train on: "
+            "take the base, and more steps"
+        )
+    if getattr(model, "is_quantized", False) and config.quantize == "none":
+        raise InputError(f"model={config.model!r} has its base in few bits: give quantize, as it was trained with")
 
 
 def _give_streams(model: PreTrainedModel, config: TrainConfig, calibration: torch.Tensor) -> None:
