@@ -190,7 +190,7 @@ def test_other_weights_under_the_same_name_are_refused(noisy, short, tmp_path) -
     load_tokenizer(noisy).save_pretrained(folder)
     model.save_pretrained(folder)
     processes.run(train_until, run_of(output, short, model=str(folder)), 5)
-    model.get_output_embeddings().weight.data += 1
+    model.lm_head.weight.data += 1
     model.save_pretrained(folder)
     with pytest.raises(InputError, match="weights="):
         train(run_of(output, short, model=str(folder), resume=True))
