@@ -139,29 +139,47 @@ def inputs_of(ids: np.ndarray, cached: int) -> dict[str, np.ndarray]:
 def written(engine: str, options: argparse.Namespace, streams: int, weights: str) -> Path:
     """A folder with the graph alone, written by another process, so that its memory does not count here."""
     weights = "float32" if weights == "bfloat16" else weights  # OpenVINO computes one graph in either
-    name = f"{engine}-{weights}-{streams}-{options.layers}-{options.vocab}"
-    folder = Path(options.graphs or tempfile.mkdtemp(dir=options.scratch)) / name
-    if not folder.exists():
-        partial = folder.with_suffix(".partial")
+    whole = Path(options.graphs or tempfile.mkdtemp(dir=options.scratch)) / f"{engine}-{streams}-{options.layers}"
+    if not whole.exists():
+        partial = whole.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         call = [sys.executable, __file__, "--write", engine, str(partial), "--cell", engine, weights, str(streams)]
         subprocess.run([*call, *passed_on(options)], check=True, stdout=subprocess.DEVNULL)
-        partial.rename(folder)
-    return folder
+        partial.rename(whole)
+    return whole / weights
 
 
 def drop(folder: Path, options: argparse.Namespace) -> None:
     if not options.graphs:
-        shutil.rmtree(folder.parent)
+        shutil.rmtree(folder.parents[1])
 
 
-def write_graph(engine: str, folder: Path, options: argparse.Namespace, streams: int, weights: str) -> None:
-    from parscale.export import onnx, openvino
+def write_graphs(engine: str, folder: Path, options: argparse.Namespace, streams: int, weights: str) -> None:
+    """The float32 graph, and the others from it; only that of `weights` where they are not kept."""
     from parscale.train.data import train_tokenizer
 
     model, tokenizer = model_of(options, streams), train_tokenizer(["a text"], 300)
-    {"onnx": onnx.write_onnx, "openvino": openvino.write_openvino}[engine](model, tokenizer, folder, weights)
+    for name in ("float32", "int8", "int4"):
+        (folder / name).mkdir()
+    wanted = [name for name in ("int8", "int4") if options.graphs or name == weights]
+    if engine == "onnx":
+        import onnx as format_
+
+        from parscale.export import onnx
+
+        onnx.write_onnx(model, tokenizer, folder / "float32")
+        for name in wanted:
+            onnx.save(onnx.quantize(format_.load(folder / "float32" / onnx.FILE), name), folder / name)
+    else:
+        import openvino as runtime
+
+        from parscale.export import openvino
+
+        openvino.write_openvino(model, tokenizer, folder / "float32")
+        for name in wanted:
+            graph = openvino.compress(runtime.Core().read_model(folder / "float32" / openvino.FILE), name)
+            runtime.save_model(graph, folder / name / openvino.FILE, compress_to_fp16=False)
 
 
 def cell(options: argparse.Namespace, engine: str, weights: str, streams: int) -> dict[str, Any]:
@@ -244,7 +262,7 @@ def main() -> None:
     if options.cell:
         engine, weights, streams = options.cell
         if options.write:
-            write_graph(engine, Path(options.write[1]), options, int(streams), weights)
+            write_graphs(engine, Path(options.write[1]), options, int(streams), weights)
         else:
             print(json.dumps(cell(options, engine, weights, int(streams))))
         return

@@ -36,7 +36,7 @@ def write_onnx(model: Any, tokenizer: Any, folder: Path, weights: str = "float32
         InputError: the model cannot be folded, or the packages of the extra `onnx` are not there.
     """
     try:
-        import onnx
+        import onnx  # noqa: F401
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
         raise InputError(
@@ -57,21 +57,29 @@ def write_onnx(model: Any, tokenizer: Any, folder: Path, weights: str = "float32
             opset_version=_OPSET,
             verbose=False,
         )
-    graph = program.model_proto
-    if weights != "float32":
-        graph = _quantize(graph, bits=int(weights.removeprefix("int")))
-    onnx.save_model(graph, str(folder / FILE), save_as_external_data=True, location=FILE + ".data")
+    save(quantize(program.model_proto, weights), folder)
     tokenizer.save_pretrained(folder)
     (folder / "genai_config.json").write_text(json.dumps(_genai_config(model, decoder), indent=2) + "\n")
 
 
-def _quantize(graph: Any, bits: int) -> Any:
-    """Every product with a constant matrix reads `bits` bits a weight, rounded to nearest; activations have 8 bits."""
+def quantize(graph: Any, weights: str) -> Any:
+    """The graph with every product with a constant matrix in `weights`: "float32", or "int8" or "int4", rounded to
+    nearest, with activations in 8 bits."""
+    if weights == "float32":
+        return graph
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    bits = int(weights.removeprefix("int"))
     quantizer = MatMulNBitsQuantizer(graph, bits=bits, block_size=GROUP, is_symmetric=True, accuracy_level=4)
     quantizer.process()
     return quantizer.model.model
+
+
+def save(graph: Any, folder: Path) -> None:
+    """Write `model.onnx`, with its weights beside it."""
+    import onnx
+
+    onnx.save_model(graph, str(folder / FILE), save_as_external_data=True, location=FILE + ".data")
 
 
 def _genai_config(model: Any, decoder: FoldedDecoder) -> dict[str, Any]:

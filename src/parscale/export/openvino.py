@@ -38,7 +38,7 @@ def write_openvino(model: Any, tokenizer: Any, folder: Path, weights: str = "flo
         InputError: the model cannot be folded, or the packages of the extra `openvino` are not there.
     """
     try:
-        import nncf
+        import nncf  # noqa: F401 (before the work, not after it)
         import openvino
         from openvino_tokenizers import convert_tokenizer
     except ImportError as error:
@@ -51,19 +51,26 @@ def write_openvino(model: Any, tokenizer: Any, folder: Path, weights: str = "flo
     decoder = FoldedDecoder(model, "placeholders", placeholder, tokenizer.pad_token_id).eval()
     graph = stateful_graph(decoder)
     graph.set_rt_info([decoder.prefix_tokens, -1 if placeholder is None else placeholder], list(_RT_INFO))
-    if weights == "int8":
-        graph = nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
-    elif weights == "int4":
-        other_widths = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
-        graph = nncf.compress_weights(
-            graph, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=GROUP, advanced_parameters=other_widths
-        )
-    openvino.save_model(graph, folder / FILE, compress_to_fp16=False)
+    openvino.save_model(compress(graph, weights), folder / FILE, compress_to_fp16=False)
     tokenizer.save_pretrained(folder)
     parts = convert_tokenizer(tokenizer, with_detokenizer=True, skip_special_tokens=True)
     for part, name in zip(parts, ("tokenizer", "detokenizer"), strict=True):
         openvino.save_model(part, folder / f"openvino_{name}.xml")
     model.generation_config.save_pretrained(folder)
+
+
+def compress(graph: Any, weights: str) -> Any:
+    """The graph with its matrices in `weights`: "float32", "int8" or "int4"."""
+    import nncf
+
+    if weights == "float32":
+        return graph
+    if weights == "int8":
+        return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM)
+    other_widths = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+    return nncf.compress_weights(
+        graph, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=GROUP, advanced_parameters=other_widths
+    )
 
 
 def prefix_tokens(model: Any) -> int:
