@@ -18,13 +18,15 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
 
     if not rows:
         return
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name, value in rows[0].items():
         table.add_column(name, justify="left" if isinstance(value, str) else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     # Wide enough for any row: a table that is cut off or wrapped cannot be read by a pipe.
-    Console(width=200, highlight=False).print(table)
+    console = Console(width=200, highlight=False)
+    console.print(title, style="italic", markup=False, soft_wrap=True)  # a table's own title is wrapped to the width of the table
+    console.print(table)
 
 
 def _cell(value: Any) -> str:
