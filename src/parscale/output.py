@@ -25,7 +25,7 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
         table.add_row(*(_cell(value) for value in row.values()))
     # Wide enough for any row: a table that is cut off or wrapped cannot be read by a pipe.
     console = Console(width=200, highlight=False)
-    console.print(title, style="italic", markup=False, soft_wrap=True)  # a table's own title is wrapped to the width of the table
+    console.print(title, style="italic", markup=False, soft_wrap=True)  # a Table wraps its own to its width
     console.print(table)
 
 
