@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from parscale.config import StreamsConfig
+from parscale.experiments.shapes import hidden_size
 from parscale.train.config import Balance, Stage
 
 ScaleName = Literal["smoke", "cpu", "gpu", "paper"]
@@ -102,6 +103,7 @@ class Scale:
     """Of a text at most; a run that is longer passes over it again."""
     lora_rank: int = 8
     learning_rate: float = 3e-3
+    """Of the backbone of `model`; other widths get one that is inversely proportional to theirs."""
     stream_learning_rate: float = 1e-2
     validation_blocks: int = 256
     """Sequences that the loss is measured on; a quarter of them for the closer look at the streams."""
@@ -115,10 +117,16 @@ class Scale:
             "batch_size": self.batch_size,
             "block_size": self.block_size,
             "vocab_size": self.vocab_size,
-            "learning_rate": self.learning_rate,
+            "learning_rate": self._rate(changes.get("model", self.model)),
             "stream_learning_rate": self.stream_learning_rate,
         }
         return Run(name, corpus, streams=streams, **given | changes)
+
+    def _rate(self, model: str) -> float:
+        """Adam's best rate for matrices falls as one over their width (arXiv 2203.03466, table 3). A rate for one
+        size alone would pass for an effect of size."""
+        width, own = hidden_size(model), hidden_size(self.model)
+        return self.learning_rate * own / width if own and width else self.learning_rate
 
     def base(self, corpus: str, **changes: Any) -> Run:
         """The plain model that stage 2 continues."""

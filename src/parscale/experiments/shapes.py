@@ -10,7 +10,6 @@ from typing import Any
 
 from parscale.cost.model import PAPER_SHAPES
 from parscale.errors import InputError
-from parscale.experiments.runs import Run
 from parscale.train.shapes import SHAPES
 
 _PATTERN = re.compile(r"(\d+)x(\d+)x(\d+)(?:e(\d+))?")
@@ -32,6 +31,14 @@ def source_of(model: str, vocab_size: int, work: Path) -> str:
     scratch.write_text(json.dumps(configuration(model, vocab_size)), encoding="utf-8")
     scratch.replace(folder / "config.json")
     return str(folder)
+
+
+def hidden_size(model: str) -> int | None:
+    """The width of a shape; None for a size of the paper."""
+    if model in SHAPES:
+        return SHAPES[model][1]
+    found = _PATTERN.fullmatch(model)
+    return int(found[2]) if found else None
 
 
 def configuration(model: str, vocab_size: int) -> dict[str, Any]:
@@ -65,7 +72,7 @@ def configuration(model: str, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def gpu_hours(run: Run) -> float:
+def gpu_hours(run: Any) -> float:
     """Hours of one H100 that a run of the paper's scale needs: 6·N·P·D operations at 40 % of the peak, without those of
     the model that it continues. N are the parameters without the embedding, D the training tokens."""
     n = PAPER_SHAPES[run.model].params(run.streams.streams, run.streams.prefix_tokens)
