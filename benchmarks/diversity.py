@@ -89,8 +89,17 @@ def _runs() -> dict[str, Run]:
 
 
 RUNS = _runs()
-FIRST = {"stage": "retrofit", "model": "pico", "corpus": "stdlib"}
-"""What the first sweep's rows do not say of themselves."""
+FIRST = {
+    "stage": "retrofit",
+    "model": "pico",
+    "corpus": "stdlib",
+    "batch_size": 32,
+    "learning_rate": 3e-3,
+    "stream_learning_rate": 1e-2,
+}
+"""What the first sweeps' rows do not say of themselves."""
+GROUP = ("stage", "model", "corpus", "tokens", "batch_size", "learning_rate", "stream_learning_rate")
+"""Rows that are alike in these are compared."""
 MAIN = ("control", "control/lora32", "P=4/prefix", "P=2/prefix+lora", "P=4/prefix+lora", "P=8/prefix+lora")
 
 
@@ -102,6 +111,8 @@ def main() -> None:
     arguments.add_argument("--scale", default="cpu", choices=list(SETTINGS))
     arguments.add_argument("--model", help="shape of the model; by default the scale's")
     arguments.add_argument("--steps", type=int, help="of pretrain, retrofit or frozen; by default the scale's")
+    arguments.add_argument("--learning-rate", type=float, help="by default the scale's")
+    arguments.add_argument("--stream-learning-rate", type=float, help="by default the scale's")
     arguments.add_argument("--data", nargs="+", default=["stdlib"], help="text, as for parscale train")
     arguments.add_argument("--corpus", default="stdlib", help="what the text is called in the rows")
     arguments.add_argument("--work", type=Path, default=Path("runs/diversity"), help="folder of the base models")
@@ -123,8 +134,8 @@ def main() -> None:
         common: dict[str, Any] = {
             "batch_size": setting.batch_size,
             "block_size": setting.block_size,
-            "learning_rate": setting.learning_rate,
-            "stream_learning_rate": setting.stream_learning_rate,
+            "learning_rate": options.learning_rate or setting.learning_rate,
+            "stream_learning_rate": options.stream_learning_rate or setting.stream_learning_rate,
             "seed": seed,
         }
         for stage in options.stage:
@@ -134,6 +145,7 @@ def main() -> None:
             for name in options.settings:
                 about = {"setting": name, "seed": seed, "scale": options.scale, "stage": stage, "model": model}
                 about |= {"corpus": options.corpus, "tokens": tokens[stage]}
+                about |= {name: common[name] for name in ("batch_size", "learning_rate", "stream_learning_rate")}
                 if _key(about) in done:
                     continue
                 run = RUNS[name]
@@ -154,6 +166,7 @@ def main() -> None:
                     "validation_loss": round(result.validation_loss, 4),
                     "stream_parameters": result.stream_parameters,
                     "backbone_parameters": result.parameters - result.stream_parameters,
+                    "skipped_steps": result.skipped_steps,
                     "curve": [[r["step"], round(r["eval_loss"], 4)] for r in result.history if "eval_loss" in r],
                     "at_100_steps": _after(result.history, 100),
                     "probe": result.probe,
@@ -165,16 +178,17 @@ def main() -> None:
 
 
 def print_tables(rows: list[dict[str, Any]]) -> None:
-    """One table for each stage, model, text and number of tokens: losses, gains over the control of the same seed, and
-    how many of the control's standard deviations (over seeds) the mean gain is."""
+    """One table for each group of rows that are alike but for setting and seed: losses, gains over the control of the same
+    seed, and how many of the control's standard deviations (over seeds) the mean gain is."""
     groups: dict[tuple[Any, ...], dict[str, dict[int, dict[str, Any]]]] = {}
     for row in rows:
-        group = tuple((FIRST | row)[k] for k in ("stage", "model", "corpus", "tokens"))
+        group = tuple((FIRST | row)[k] for k in GROUP)
         groups.setdefault(group, {}).setdefault(row["setting"], {})[row["seed"]] = row
-    for (stage, model, corpus, tokens), settings in groups.items():
+    for (stage, model, corpus, tokens, batch, rate, stream_rate), settings in groups.items():
         controls = {seed: row["validation_loss"] for seed, row in settings.get("control", {}).items()}
         spread = statistics.stdev(controls.values()) if len(controls) > 1 else None
-        print(f"\n### {stage}, {model}, {corpus}, {tokens / 1e6:.1f} M tokens\n")
+        rates = f"rates {rate:g} and {stream_rate:g}"
+        print(f"\n### {stage}, {model}, {corpus}, {tokens / 1e6:.1f} M tokens, {batch} sequences a step, {rates}\n")
         if spread is not None:
             print(f"The control's standard deviation over {len(controls)} seeds is {spread:.4f}.\n")
         print("| setting | seeds | loss | gain by seed | mean gain | in deviations | cosine | effective streams |")
@@ -199,7 +213,8 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
 
 def _base(options: Any, model: str, seed: int, text: Any, tokens: int, common: dict[str, Any]) -> Path:
     """The plain model that retrofit and frozen continue, trained once for each size, text and seed."""
-    base = options.work / "-".join((options.scale, model, options.corpus, str(seed)))
+    rate = f"{common['learning_rate']:g}"
+    base = options.work / "-".join((options.scale, model, options.corpus, str(seed), str(common["batch_size"]), rate))
     if not base.exists():
         plain = StreamsConfig(1, 0)
         train(
@@ -212,7 +227,7 @@ def _base(options: Any, model: str, seed: int, text: Any, tokens: int, common: d
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a row this row. Rows of the first sweep, without these entries, are its stage 2."""
-    return tuple((FIRST | row)[k] for k in ("setting", "seed", "scale", "stage", "model", "corpus", "tokens"))
+    return tuple((FIRST | row)[k] for k in ("setting", "seed", "scale", *GROUP))
 
 
 def _after(history: list[dict], step: int) -> dict:
