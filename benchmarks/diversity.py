@@ -178,8 +178,8 @@ def main() -> None:
 
 
 def print_tables(rows: list[dict[str, Any]]) -> None:
-    """One table for each group of rows that are alike but for setting and seed: losses, gains over the control of the same
-    seed, and how many of the control's standard deviations (over seeds) the mean gain is."""
+    """One table for each group of rows that are alike but for setting and seed: losses, gains over the control of the
+    same seed, and how many of the control's standard deviations (over seeds) the mean gain is."""
     groups: dict[tuple[Any, ...], dict[str, dict[int, dict[str, Any]]]] = {}
     for row in rows:
         group = tuple((FIRST | row)[k] for k in GROUP)

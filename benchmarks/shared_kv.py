@@ -3,8 +3,9 @@
     python benchmarks/shared_kv.py                                                    # 0.54 B, bf16: needs 10 GB
     python benchmarks/shared_kv.py --layers 2 --rounds 3 --prefill 64 --contexts 512  # small, to try it
 
-Own streams have a prefix each (the paper); shared ones a prefix and a LoRA each, or one prefix for all and a LoRA each,
-as serving engines can hold it. Rows: median, quartiles, and the median over rounds of the ratio to the plain model.
+Own streams have a prefix each (the paper); shared ones a prefix and a LoRA each, one prefix for all and a LoRA each, as
+serving engines can hold it, or no prefix and a LoRA each but for the first, whose cache is the plain model's.
+Rows: median, quartiles, and the median over rounds of the ratio to the plain model.
 CPU only.
 """
 
@@ -28,6 +29,7 @@ KINDS = {
     "own+lora": StreamsConfig(STREAMS, diversify=LORA),
     "shared+lora": StreamsConfig(STREAMS, diversify=LORA, kv="shared"),
     "shared+lora, one prefix": StreamsConfig(STREAMS, diversify=LORA, kv="shared", shared_prefix=True),
+    "shared+lora, plain first": StreamsConfig(STREAMS, 0, diversify=("lora",), kv="shared", plain_first=True),
 }
 
 
