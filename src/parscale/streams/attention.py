@@ -30,6 +30,8 @@ TAG = "parscale|"
 SUPPORTED = ("eager", "sdpa", "flex_attention")
 LONG = 384
 """Query tokens beyond which, on a CPU, n more in front cost less than the half of the scores that a mask discards."""
+PAIRS = 2**14
+"""Pairs of a query and a key, on a CPU, that cost what a call of attention does by itself."""
 _SCORE_CHANGES = ("position_bias", "softcap", "s_aux")  # what `_decode` and `kv.decode` do not compute
 
 
@@ -108,7 +110,9 @@ def attend(
     paged = kwargs.pop("cache", None)
     if paged is not None:  # updated here: the inner function would write the prefix into it with the rest
         key, value = paged.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-        if query.device.type == "cpu" and len(kwargs["cu_seq_lens_q"]) > 2:
+        requests = len(kwargs["cu_seq_lens_q"]) - 1
+        pairs = query.shape[2] * key.shape[2]
+        if query.device.type == "cpu" and requests > 1 and pairs > PAIRS * requests:
             return _attend_by_request(
                 module, query, key, value, attention_mask, *args, implementation=implementation, **kwargs
             ), None
@@ -148,7 +152,7 @@ def _attend_by_request(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **kwargs: Any
 ) -> Float[Tensor, "pb t h e"]:
     """The requests of a packed batch one by one. Together, every query would meet the keys of all of them, for the mask
-    to discard: a cost that grows with the square of their number."""
+    to discard."""
     of_queries, of_keys = (pairwise(kwargs[f"cu_seq_lens_{one}"].tolist()) for one in "qk")
     attended = []
     for (a, b), (c, d) in zip(of_queries, of_keys, strict=True):
