@@ -65,6 +65,18 @@ def test_two_processes_learn_what_one_does(env, changes, base, corpus, alone, tm
     _check_same(tmp_path / "out", alone)
 
 
+def test_shards_in_bfloat16_are_near_and_their_loss_is_not_rounded(base, corpus, alone, tmp_path) -> None:
+    config = run_of(tmp_path / "out", corpus, model=str(base), **TWENTY | {"batch_size": 2})
+    env = FSDP2 | {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    assert processes.run(train_and_record, config, tmp_path / "record", processes=2, **env) == [0, 0]
+    found, exact = _losses(tmp_path / "out"), _losses(alone)
+    assert found == pytest.approx(exact, rel=0.02)
+    assert found != pytest.approx(exact, rel=1e-5), "something was computed in bfloat16"
+    rounded = torch.tensor(found, dtype=torch.float64).bfloat16().double()
+    assert rounded.tolist() != pytest.approx(found, rel=1e-5)
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_sharded_checkpoint_goes_on_in_another_number(before, after, base, corpus, alone, tmp_path) -> None:
     output = tmp_path / "out"

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from jaxtyping import Float
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from parscale.errors import InputError
 from parscale.streams.backbone import has_streams, streams_of
@@ -150,6 +150,14 @@ def shard_on_cpu_too(accelerator: Any) -> bool:
     state._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
     state._shared_state["distributed_type"] = DistributedType.FSDP
     return True
+
+
+def mix_precision_of_shards(accelerator: Any) -> None:
+    """FSDP2 in bfloat16, as asked for, with two things in float32 that Accelerate would round: sums of gradients over
+    processes, and what the model returns, the loss."""
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
 
 def whole_parameters(model: Any) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ from parscale.train.parallel import (
     check_launch,
     check_stream_parallel,
     is_first_process,
+    mix_precision_of_shards,
     processes,
     same_batch_for,
     shard_on_cpu_too,
@@ -121,6 +122,7 @@ class StreamsTrainer(FaultTolerance, Trainer):
         """The Trainer's own, with FSDP2 on CPUs too, and one batch for the processes that share its streams."""
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled |= shard_on_cpu_too(self.accelerator)
+        mix_precision_of_shards(self.accelerator)
         if self.stream_parallel > 1:
             same_batch_for(self.accelerator, self.stream_parallel)
 
