@@ -28,6 +28,8 @@ from parscale.train.trainer import train
 
 BOTH: Any = ("prefix", "lora")
 STAGES = ("pretrain", "retrofit", "frozen")
+REMEDIED = ("P=4/prefix", "P=2/prefix+lora", "P=4/prefix+lora", "P=8/prefix+lora", "P=4/shared", "P=8/shared")
+"""Settings that are also run with each remedy."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def _runs() -> dict[str, Run]:
         "fewer streams": Balance(fewer_streams=0.5),
     }
     for balance, remedy in balances.items():
-        for streams in ("P=4/prefix", "P=4/prefix+lora", "P=4/shared", "P=8/shared"):
+        for streams in REMEDIED:
             runs[f"{streams}, {balance}"] = Run(configs[streams], remedy)
     for rate in (3e-3, 3e-2):
         for streams in ("P=4/prefix", "P=4/prefix+lora"):
