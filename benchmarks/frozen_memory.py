@@ -8,7 +8,7 @@ GiB of one step with gradient checkpointing and the loss taken in chunks, for ba
 - trained: prefixes, aggregation head and LoRA factors in 16 bits, and as much three times over for gradient and AdamW;
 - kept: the input of every layer for P streams, (P·B·T, d) in 16 bits, which checkpointing keeps;
 - layer: what one layer's backward pass holds when it is run again: about 8 d and 5 times the MLP's width a token;
-- logits: one chunk of 2^25 in 32 bits, with its softmax and its gradient.
+- logits: one chunk of 2^26 in 32 bits and in 16.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def needs(shape: Shape, streams: int, tokens: int, prefix_tokens: int, lora_rank
         "trained": 4 * HALF * trained,
         "kept": kept,
         "layer": layer,
-        "logits": 3 * 4 * LOGITS_AT_ONCE,
+        "logits": (4 + HALF) * LOGITS_AT_ONCE,
     }
     return {name: round(size / GIB, 3) for name, size in (parts | {"all": sum(parts.values())}).items()}
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-LOGITS_AT_ONCE = 2**25
-"""Elements of the logits that exist at a time: 128 MiB in float32."""
+LOGITS_AT_ONCE = 2**26
+"""Elements of the logits that exist at a time: 256 MiB in float32, and half of that in bfloat16 beside it."""
 IGNORED = -100
 _SLICE = 8192  # rows of the LM head
 
@@ -133,25 +133,35 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        new = torch.empty_like if len(hidden) else torch.zeros_like  # the first chunk writes them
         grad_hidden, grad_weight, grad_bias = (
-            torch.zeros_like(x) if x is not None and needed and training else None
+            new(x) if x is not None and needed and training else None
             for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         )
-        loss = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        # One place for the logits of all chunks: on CPUs the first write to new memory takes as long as the arithmetic.
+        place = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=dtype)
+        wide_place = place if dtype == wide else torch.empty_like(place, dtype=wide)
         with torch.autocast(device, enabled=False):
             table, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
             for first in range(0, len(hidden), chunk):
                 rows = slice(first, first + chunk)
                 h = hidden[rows].to(dtype)
-                part, scores, scale = _loss_of_chunk(F.linear(h, table, offset), targets[rows], divisor)
+                logits, scores = place[: len(h)], wide_place[: len(h)]
+                if offset is None:
+                    torch.mm(h, table.T, out=logits)
+                else:
+                    torch.addmm(offset, h, table.T, out=logits)
+                part, scale = _loss_of_chunk(scores.copy_(logits), targets[rows], divisor)
                 loss += part
                 if grad_bias is not None:
-                    grad_bias += (scores.T @ scale)[:, 0]
-                scores = scores.to(dtype)
+                    _add_product(grad_bias[:, None], scores, scale, anew=first == 0)
+                logits.copy_(scores)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (scores @ table) * scale
+                    grad_hidden[rows] = (logits @ table) * scale
                 if grad_weight is not None:
-                    _add_product(grad_weight, scores, (h * scale).to(dtype))
+                    _add_product(grad_weight, logits, (h * scale).to(dtype), anew=first == 0)
         ctx.gradients = grad_hidden, grad_weight, grad_bias
         return loss
 
@@ -166,23 +176,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def _loss_of_chunk(logits: Tensor, targets: Tensor, divisor: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The chunk's loss, and its gradient by the logits as `scores` (n, V) times `scale` (n, 1), made in their place."""
-    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _loss_of_chunk(scores: Tensor, targets: Tensor, divisor: Any) -> tuple[Tensor, Tensor]:
+    """The chunk's loss. Its gradient by the logits is `scores` (n, V), which were the logits, times what is returned
+    beside it (n, 1)."""
     counts, column = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
     picked, largest = scores.gather(1, column), scores.amax(1, keepdim=True)
     scores.sub_(largest).exp_()
     total = scores.sum(1, keepdim=True)
     loss = ((total.log() + largest - picked) * counts).sum() / divisor
     scores.scatter_add_(1, column, -total)  # softmax − one-hot, times its denominator
-    return loss, scores, counts / (total * divisor)
+    return loss, counts / (total * divisor)
 
 
-def _add_product(into: Tensor, scores: Tensor, h: Tensor) -> None:
-    """into (V, d) += scoresᵀ (V, n) · h (n, d). In another dtype it is made in slices, to be cast and added."""
+def _add_product(into: Tensor, scores: Tensor, h: Tensor, *, anew: bool) -> None:
+    """into (V, d) += scoresᵀ (V, n) · h (n, d), or = where it is `anew`. In another dtype it is made in slices, to be
+    cast and added."""
     if into.dtype == scores.dtype:
-        into.addmm_(scores.T, h)
+        into.addmm_(scores.T, h.to(into.dtype), beta=0 if anew else 1)
         return
     for first in range(0, len(into), _SLICE):
         rows = slice(first, first + _SLICE)
-        into[rows] += scores[:, rows].T @ h
+        product = scores[:, rows].T @ h.to(scores.dtype)
+        if anew:
+            into[rows] = product
+        else:
+            into[rows] += product
