@@ -19,7 +19,7 @@ def test_the_report(tmp_path: Path) -> None:
     rows += [one | {"corpus": "prose"} for one in rows]
     smoke = [row | {"scale": "smoke"} for row in seeds("control", 6.0)]
     file = tmp_path / "baseline.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in smoke + rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in smoke + rows[::-1]))  # as workers write them
     page = write_report(tmp_path).read_text(encoding="utf-8")
     links = _Links()
     links.feed(page)
@@ -38,6 +38,7 @@ def test_the_report(tmp_path: Path) -> None:
         assert f'id="{name}"' in page
         assert f'href="#{name}"' in page
     assert "<li>P=2, prefix on code: " in page
+    assert page.index(">control<") < page.index(">P=2, prefix<") < page.index(">P=4, prefix<")
 
 
 def test_smoke_alone_decides_nothing(tmp_path: Path) -> None:

@@ -87,8 +87,10 @@ def parse_corpora(given: Sequence[str]) -> Corpora:
 
 
 def verdict_of(claim: Claim, rows: Sequence[dict[str, Any]], scale: str) -> Verdict:
-    """What the rows of one scale say."""
+    """What the rows of one scale say, in the order of the claim's runs: several workers write them in any."""
+    place = {run.name: number for number, run in enumerate(claim.runs(SCALES[scale], ["first", "second"]))}
     of_scale = [row for row in rows if row["scale"] == scale]
+    of_scale.sort(key=lambda row: (place.get(row["name"], len(place)), row.get("seed", 0)))
     return claim.verdict(of_scale) if of_scale else NOT_RUN
 
 
