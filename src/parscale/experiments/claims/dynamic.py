@@ -17,7 +17,8 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         control = scale.run("control", corpus, scale.lora(1))
         few = [scale.run(f"trained at P={p}", corpus, scale.lora(p)) for p in (2, MANY)]
         any_p = scale.run("trained at random p", corpus, scale.lora(MANY), balance=Balance(fewer_streams=0.5))
-        found += against(control, [*few, any_p])
+        found += against(control, [any_p])
+        found += against(scale.run("control, prefix alone", corpus, scale.prefix(1)), few)  # as baseline's, and not again
     return found
 
 
@@ -28,7 +29,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         control = by_seed(of, "control")
         for name in names(of):
             seen = by_seed(of, name)
-            if name == "control":
+            if name.startswith("control"):
                 continue
             at = {p: [_at(row, p) for row in seen.values()] for p in next(iter(seen.values()))["measured"]["at"]}
             table.append({"text": corpus, "checkpoint": name} | _filled({p: statistics.mean(v) for p, v in at.items()}))
