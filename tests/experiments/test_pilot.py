@@ -35,7 +35,11 @@ def row(gain: float, low: float, high: float, name: str = "P=4") -> PilotRow:
     ],
 )
 def test_the_verdict(rows: list[PilotRow], over_lora: dict, documents: int, answer: str) -> None:
-    assert judge(rows, over_lora, documents).startswith(answer)
+    assert judge(rows, over_lora, documents, 1000).startswith(answer)
+
+
+def test_a_few_steps_decide_nothing() -> None:
+    assert judge([row(0.2, 0.1, 0.3)], FAR, 20, 99).startswith("Undecided: 99 steps")
 
 
 def test_a_gain_over_documents_weighs_them_by_their_tokens() -> None:

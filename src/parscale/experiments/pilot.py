@@ -26,6 +26,8 @@ from parscale.train.trainer import check_output, train
 STREAMS = (2, 4)
 LORA_RANK = 8
 LEAST_DOCUMENTS, LEAST_STEPS, MOST_STEPS = 5, 10, 3000
+FEW_STEPS = 100
+"""Below it no answer is given: streams that start alike have hardly had the time to part."""
 HELD_OUT, HELD_OUT_TOKENS = 0.05, 50_000
 PLAN, RECORD = "plan.json", "pilot.json"
 EVALUATIONS = 4
@@ -116,7 +118,7 @@ def run_pilot(
         "over_lora": over_lora,
         "law": _projection(name),
         "cost": costs.get("note", "measured here: 64 tokens in, 16 out, batch 1"),
-        "verdict": judge(rows, over_lora, len(before.tokens)),
+        "verdict": judge(rows, over_lora, len(before.tokens), steps),
     }
     scratch = out / f".{RECORD}.partial"
     scratch.write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -131,10 +133,17 @@ def compare(ours: DocumentLosses, theirs: DocumentLosses) -> tuple[float, float,
     return (float(more.sum() / ours.tokens.sum()), *bootstrap_of_documents(more, ours.tokens))
 
 
-def judge(rows: Sequence[PilotRow], over_lora: Mapping[str, tuple[float, float, float]], documents: int) -> str:
+def judge(
+    rows: Sequence[PilotRow], over_lora: Mapping[str, tuple[float, float, float]], documents: int, steps: int
+) -> str:
     """One plain sentence."""
     if documents < LEAST_DOCUMENTS:
         return f"Undecided: held-out documents are too few ({documents}) for an interval; give text in more documents."
+    if steps < FEW_STEPS:
+        return (
+            f"Undecided: {steps} steps were all that the minutes gave on this machine, and fewer than {FEW_STEPS} tell "
+            "nothing; give more minutes, or a smaller batch_size or block_size."
+        )
     streamed = [row for row in rows if row.name in over_lora]
     best = max(streamed, key=lambda row: row.gain or -math.inf)
     gain, low, high = best.gain or 0.0, best.low or 0.0, best.high or 0.0
