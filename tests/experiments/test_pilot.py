@@ -12,6 +12,7 @@ from parscale.errors import InputError
 from parscale.evaluate.perplexity import DocumentLosses
 from parscale.experiments.pilot import PilotRow, compare, judge, run_pilot
 from parscale.train.config import TrainConfig
+from parscale.train.faults import command_to_resume
 from parscale.train.trainer import train
 from tests.corpora import write_corpus
 
@@ -51,6 +52,14 @@ def test_a_gain_over_documents_weighs_them_by_their_tokens() -> None:
     assert math.isnan(
         compare(DocumentLosses(ours.nats[:1], tokens[:1]), DocumentLosses(theirs.nats[:1], tokens[:1]))[1]
     )
+
+
+@pytest.mark.parametrize(("verb", "flag"), [("train", " --resume"), ("pilot", ""), ("experiment", "")])
+def test_what_to_type_after_a_stop_is_a_command_that_is_there(
+    verb: str, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/parscale", verb, "x"])
+    assert command_to_resume() == f"parscale {verb} x{flag}"
 
 
 @pytest.mark.slow

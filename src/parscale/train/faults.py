@@ -148,10 +148,11 @@ def catching_sigterm(event: threading.Event) -> Iterator[None]:
 
 
 def command_to_resume() -> str:
-    """What to type to go on with this run."""
+    """What to type to go on with this run. Experiments and the pilot have no flag for it: they always go on."""
     name = Path(sys.argv[0]).name
     started = ["parscale", *sys.argv[1:]] if name in ("parscale", "cli.py") else [name, *sys.argv[1:]]
-    return shlex.join(started if "--resume" in started else [*started, "--resume"])
+    as_it_was = "--resume" in started or started[1:2] in (["experiment"], ["pilot"])
+    return shlex.join(started if as_it_was else [*started, "--resume"])
 
 
 class _Faults(TrainerCallback):
