@@ -4,6 +4,8 @@ pass@k is the chance that one of k samples solves a problem: 1 − C(n−c, k) /
 al. 2021, equation 1).
 """
 
+# pyright: reportMissingImports=false
+
 import json
 import math
 import os

@@ -1,6 +1,8 @@
 """`parscale eval --tasks`: benchmarks of lm-evaluation-harness (extra `eval`), through its own adapter of Hugging Face
 models. To it a model with streams is a model like any other."""
 
+# pyright: reportMissingImports=false
+
 import logging
 from collections.abc import Sequence
 from pathlib import Path

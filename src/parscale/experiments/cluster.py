@@ -5,6 +5,8 @@ Rows are written by the process that asked. Paths mean the same on every node: t
 file system that all of them share.
 """
 
+# pyright: reportMissingImports=false
+
 import logging
 import os
 import socket

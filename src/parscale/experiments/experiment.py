@@ -71,7 +71,7 @@ def run_experiments(
                 raise InputError(f"{claim.name} needs {lack}")
             Console().print(f"{claim.name}: not run, for it needs {lack}", highlight=False)
             continue
-        corpora = {name: texts[name] for name in list(texts)[:1]} | talks if claim.chats else texts
+        corpora = {**{name: texts[name] for name in list(texts)[:1]}, **talks} if claim.chats else texts
         verdicts[claim.name] = _run(claim, scale, corpora, range(count), results, deadline, machines)
     return verdicts
 
