@@ -110,7 +110,7 @@ def attend(
     paged = kwargs.pop("cache", None)
     if paged is not None:  # updated here: the inner function would write the prefix into it with the rest
         key, value = paged.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-        requests = len(kwargs["cu_seq_lens_q"]) - 1
+        requests = len(kwargs.get("cu_seq_lens_q", ())) - 1
         pairs = query.shape[2] * key.shape[2]
         if query.device.type == "cpu" and requests > 1 and pairs > PAIRS * requests:
             return _attend_by_request(
