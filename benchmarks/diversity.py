@@ -147,7 +147,7 @@ def main() -> None:
             for name in options.settings:
                 about = {"setting": name, "seed": seed, "scale": options.scale, "stage": stage, "model": model}
                 about |= {"corpus": options.corpus, "tokens": tokens[stage]}
-                about |= {name: common[name] for name in ("batch_size", "learning_rate", "stream_learning_rate")}
+                about |= {key: common[key] for key in ("batch_size", "learning_rate", "stream_learning_rate")}
                 if _key(about) in done:
                     continue
                 run = RUNS[name]

@@ -211,8 +211,9 @@ class _Projection(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         for name in ("stream_lora_a", "stream_lora_b", "stream_scale_in", "stream_scale_out"):
             tensor = getattr(linear, name, None)
-            setattr(self, name, None if tensor is None else nn.Parameter(tensor.detach()[:streams].clone(), False))
+            setattr(self, name, None if tensor is None else nn.Parameter(tensor.detach()[:streams], False))
         if self.stream_lora_b is not None and linear.stream_state.config.plain_first:
+            self.stream_lora_b.data = self.stream_lora_b.data.clone()  # the model's own stays as it is
             self.stream_lora_b.data[0] = 0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from vllm.v1.attention.selector import get_attn_backend
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.streams.aggregate import AggregationHead, stream_weights
+from parscale.streams.diversify.projections import streams_at
 from parscale.streams.merge import merge
 from parscale.streams.tensors import belongs_to_streams
 
@@ -272,8 +273,7 @@ class StreamUpdate(nn.Module):
         self.parts = []
         """Those that have an update in the checkpoint."""
         for part, width in widths.items():
-            p = 1 if settings.kv == "shared" and part in ("k_proj", "v_proj") else settings.streams
-            p = 0 if p == 1 and self.plain_first else p
+            p = streams_at(part, settings)
             self.parts += [part] if p else []
             shapes = {"a": (p, inputs, settings.lora_rank), "b": (p, settings.lora_rank, width)}
             for factor, shape in shapes.items():

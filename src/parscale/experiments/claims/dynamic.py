@@ -18,9 +18,8 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         few = [scale.run(f"trained at P={p}", corpus, scale.lora(p)) for p in (2, MANY)]
         any_p = scale.run("trained at random p", corpus, scale.lora(MANY), balance=Balance(fewer_streams=0.5))
         found += against(control, [any_p])
-        found += against(
-            scale.run("control, prefix alone", corpus, scale.prefix(1)), few
-        )  # as baseline's, and not again
+        of_baseline = scale.run("control, prefix alone", corpus, scale.prefix(1))  # so that these are not run again
+        found += against(of_baseline, few)
     return found
 
 

@@ -16,7 +16,7 @@ from transformers import initialization
 from parscale.streams.attention import StreamState
 from parscale.streams.diversify import projections
 from parscale.streams.diversify.calibration import Calibration
-from parscale.streams.order import divide_tail, join_tail, split
+from parscale.streams.order import split
 
 
 def add_update(
@@ -41,7 +41,7 @@ def attach(model: Any, state: StreamState) -> None:
     rank = state.config.lora_rank
     for name, projection in projections.find(model).items():
         streams = projections.streams_at(name, state.config)
-        if state.config.plain_first and streams == 1:
+        if streams == 0:
             continue
         (size_in, size_out), place = projections.sizes(projection), projections.place_of(projection, model)
         projection.stream_state = state
@@ -78,24 +78,8 @@ def _start(module: Any) -> None:
 
 
 def _use_update(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    banks, state = (module.stream_lora_a, module.stream_lora_b), module.stream_state
-    if state.config.plain_first:
-        return _update_others(state, output, args[0], *banks)
-    return projections.by_stream(add_update, state, (output, args[0]), banks)
-
-
-def _update_others(state: StreamState, output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The rows of stream 0 as they are, and those of the others updated."""
-    if state.tail:
-        (prompt, last), (_, read) = divide_tail(output, state.tail), divide_tail(x, state.tail)
-        others = slice(1, 1 + state.tail)
-        return join_tail(prompt, add_update(last, read, a[others], b[others]))
-    own = state.own
-    others = slice(max(own.start, 1), own.stop)
-    if others.start == own.stop:
-        return output
-    rows = output.shape[0] // (own.stop - own.start) * (others.start - own.start)
-    return torch.cat([output[:rows], add_update(output[rows:], x[rows:], a[others], b[others])])
+    banks = module.stream_lora_a, module.stream_lora_b
+    return projections.by_stream(add_update, module.stream_state, (output, args[0]), banks)
 
 
 def _by_stream(x: Float[Tensor, "pb ... d"], streams: int) -> Float[Tensor, "p n d"]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -17,7 +18,7 @@ from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.streams.attention import StreamState
 from parscale.streams.kv import KEYS_AND_VALUES
-from parscale.streams.order import divide_tail, join_tail
+from parscale.streams.order import divide_tail, first_stream, join_tail
 
 _BACK_TO_HIDDEN = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "wo", "w2", "fc2", "fc_out")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -46,20 +47,32 @@ def find(model: Any) -> dict[str, Any]:
 
 
 def streams_at(name: str, config: StreamsConfig) -> int:
-    """How many streams use the projection of this name: with shared keys and values, stream 0 alone makes them."""
-    return 1 if config.kv == "shared" and name.rpartition(".")[2] in KEYS_AND_VALUES else config.streams
+    """How many entries a bank at the projection of this name has: with shared keys and values stream 0 alone makes
+    them, and none is needed where it is to be plain."""
+    if config.kv == "shared" and name.rpartition(".")[2] in KEYS_AND_VALUES:
+        return 0 if config.plain_first else 1
+    return config.streams
 
 
 def by_stream(
     function: Callable[..., Tensor], state: StreamState, rows: tuple[Tensor, ...], banks: tuple[Tensor, ...]
 ) -> Tensor:
-    """function(*rows, *banks) with the entries of the streams that the rows, (P·B, …), are of. Where the last token of
-    other streams stands behind stream 0's prompt, each part gets its own."""
-    if not state.tail or len(banks[0]) == 1:
-        return function(*rows, *(bank[state.own] for bank in banks))
-    prompts, last = zip(*(divide_tail(x, state.tail) for x in rows), strict=True)
-    others = slice(1, 1 + state.tail)
-    return join_tail(function(*prompts, *(b[:1] for b in banks)), function(*last, *(b[others] for b in banks)))
+    """function(*rows, *banks) with the entries of the streams that the rows, (P·B, …), are of; with `plain_first`, of
+    stream 0's rows the first ones given as they are. Where the last token of other streams stands behind stream 0's
+    prompt, each part gets its own."""
+    own, plain = state.own, state.config.plain_first
+    if state.tail and len(banks[0]) > 1:
+        prompts, last = zip(*(divide_tail(x, state.tail) for x in rows), strict=True)
+        others = slice(1, 1 + state.tail)
+        first = prompts[0] if plain else function(*prompts, *(b[:1] for b in banks))
+        return join_tail(first, function(*last, *(b[others] for b in banks)))
+    if not plain or own.start > 0:
+        return function(*rows, *(bank[own] for bank in banks))
+    first = first_stream(rows[0], own.stop)
+    if own.stop == 1:
+        return first
+    rest = function(*(x[len(first) :] for x in rows), *(bank[1 : own.stop] for bank in banks))
+    return torch.cat([first, rest])
 
 
 def sizes(projection: Any) -> tuple[int, int]:
