@@ -1,8 +1,18 @@
-"""How a verb prints rows: one aligned table for people, JSON for programs."""
+"""How a verb gives what it found: one aligned table for people, JSON for programs, files that are whole or absent."""
 
 import json
 import math
+import os
+from pathlib import Path
 from typing import Any
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file whole or not at all, and its folder if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    scratch.write_text(text, encoding="utf-8")
+    return scratch.replace(path)
 
 
 def print_json(value: Any) -> None:

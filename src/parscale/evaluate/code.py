@@ -23,7 +23,7 @@ from parscale.evaluate.code_options import CodeOptions
 from parscale.evaluate.harness import harness_model
 from parscale.evaluate.perplexity import bootstrap_of_documents, ready_model
 from parscale.evaluate.sandbox import Outcome, run_program
-from parscale.output import print_json, print_table
+from parscale.output import print_json, print_table, write_text
 from parscale.train.corpus import read_rows
 
 STOPS = ("\nif __name__", "\ndef main(", "\nprint(", "\n```")
@@ -192,7 +192,4 @@ def _write(
         for problem, texts, of in zip(problems, completions, outcomes, strict=True)
         for text, outcome in zip(texts, of, strict=True)
     ]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.partial")
-    scratch.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    scratch.replace(file)
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

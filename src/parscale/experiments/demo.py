@@ -24,6 +24,7 @@ from parscale.errors import InputError
 from parscale.experiments.report import write_demo_report
 from parscale.generate import complete
 from parscale.load import load_model, load_tokenizer
+from parscale.output import write_text
 from parscale.probe import StreamProbe, probe_streams
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import STDLIB
@@ -157,8 +158,8 @@ def run_demo(
         "seconds": round(time.monotonic() - started, 1),
         "machine": machine(),
     }
-    _write(output / "demo.json", json.dumps(record, indent=1))
-    _write(output / "report.html", write_demo_report(record))
+    write_text(output / "demo.json", json.dumps(record, indent=1))
+    write_text(output / "report.html", write_demo_report(record))
     console.print(f"{record['seconds']:.0f} s. Numbers: {output / 'demo.json'}; report: {output / 'report.html'}")
     return rows
 
@@ -255,9 +256,3 @@ def _complete(console: Console, output: Path, names: list[str]) -> list[dict[str
             found.append({"model": name, "prompt": prompt, "completion": text})
             console.print(f"[bold]{name}[/] {prompt!r} → {text!r}", highlight=False)
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)

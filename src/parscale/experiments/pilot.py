@@ -15,7 +15,7 @@ from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.evaluate.perplexity import DocumentLosses, bootstrap_of_documents, document_losses
 from parscale.load import load_model, load_tokenizer
-from parscale.output import print_json, print_table
+from parscale.output import print_json, print_table, write_text
 from parscale.streams.parallelize import parallelize
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import read_documents, split_documents
@@ -123,9 +123,7 @@ def run_pilot(
         "cost": costs.get("note", "measured here: 64 tokens in, 16 out, batch 1"),
         "verdict": judge(rows, over_lora, len(before.tokens), steps),
     }
-    scratch = out / f".{RECORD}.partial"
-    scratch.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    scratch.replace(out / RECORD)
+    write_text(out / RECORD, json.dumps(record, indent=1))
     _print(record, as_json)
     return record
 
@@ -189,10 +187,7 @@ def _plan(
     total = sum(_seconds_of_a_step(name, text, streams, batch_size) for streams in runs.values())
     evaluating = (EVALUATIONS + 1) * EVALUATION_BLOCKS / batch_size / 3  # in steps, of which a forward pass is a third
     steps = min(MOST_STEPS, max(LEAST_STEPS, int(60 * minutes / (OVERHEAD * total) - evaluating)))
-    out.mkdir(parents=True, exist_ok=True)
-    scratch = out / f".{PLAN}.partial"
-    scratch.write_text(json.dumps({"steps": steps, "minutes": minutes}), encoding="utf-8")
-    scratch.replace(file)
+    write_text(file, json.dumps({"steps": steps, "minutes": minutes}))
     return steps
 
 

@@ -17,6 +17,7 @@ from parscale.experiments.report import page, svg, table
 from parscale.experiments.shapes import H100_FLOPS, UTILISATION
 from parscale.experiments.sweep import read_rows
 from parscale.experiments.verdicts import Verdict
+from parscale.output import write_text
 
 RUNNABLE = ("gpu", "cpu", "smoke")
 """Scales whose rows can be there; a claim's verdict is that of the first that has rows."""
@@ -48,10 +49,7 @@ def write_report(results: Path, out: Path | None = None) -> Path:
         table("Claims", ("experiment", "verdict", "scale", "rows", "the claim", "the paper's scale"), summary),
         *(_section(claim, verdicts[name], rows[name]) for name, claim in CLAIMS.items()),
     ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.partial")
-    scratch.write_text(page("Experiments on parallel streams", "\n".join(parts)), encoding="utf-8")
-    return scratch.replace(out)
+    return write_text(out, page("Experiments on parallel streams", "\n".join(parts)))
 
 
 def _verdicts(claim: Claim, rows: Sequence[dict[str, Any]]) -> dict[str, Verdict]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from parscale.cost.model import PAPER_SHAPES
 from parscale.errors import InputError
+from parscale.output import write_text
 from parscale.train.shapes import SHAPES
 
 _PATTERN = re.compile(r"(\d+)x(\d+)x(\d+)(?:e(\d+))?")
@@ -26,10 +27,7 @@ def source_of(model: str, vocab_size: int, work: Path) -> str:
     if model in SHAPES:
         return model
     folder = work / "shapes" / f"{model}-{vocab_size}"
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / ".config.json.partial"
-    scratch.write_text(json.dumps(configuration(model, vocab_size)), encoding="utf-8")
-    scratch.replace(folder / "config.json")
+    write_text(folder / "config.json", json.dumps(configuration(model, vocab_size)))
     return str(folder)
 
 

@@ -145,8 +145,6 @@ def perform(task: Task) -> dict[str, Any]:
     run = task.run
     text = _text_of(task)
     start = task.needs()[0].folder if run.start is not None else None
-    # what a kill in the middle of saving left: the Trainer's check would take it for another's
-    shutil.rmtree(task.folder.with_name(f".{task.folder.name}.partial"), ignore_errors=True)
     result = train(
         TrainConfig(
             run.stage,

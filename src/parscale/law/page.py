@@ -7,7 +7,6 @@ and cannot drift; page.html holds only what is the page's own: sliders, bars, co
 import ast
 import inspect
 import json
-import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +18,7 @@ from parscale.errors import InputError
 from parscale.law.fit import fit
 from parscale.law.planner import PAPER_TOKENS, SECOND_STAGE, STREAMS, Search, law_for
 from parscale.law.runs import CORPORA, paper
+from parscale.output import write_text
 
 _OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
 _COMPARISONS = {ast.Gt: ">", ast.GtE: ">=", ast.Lt: "<", ast.LtE: "<=", ast.Eq: "==="}
@@ -31,10 +31,7 @@ def write_page(path: str | Path) -> Path:
         raise InputError(f"page {str(path)!r} has no suffix of a page: name it .html")
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     page = template.replace("/*FORMULAS*/", to_javascript(formulas)).replace("/*CONSTANTS*/", _constants())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(page, encoding="utf-8")
-    return partial.replace(path)
+    return write_text(path, page)
 
 
 def to_javascript(module: ModuleType) -> str:

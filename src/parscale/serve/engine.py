@@ -92,9 +92,11 @@ class Engine:
         self.context = min(self.context, infer_max_single_request_tokens(manager.batch_processor.cache))
         self.managers[streams] = manager
         batching_log.disabled = True  # a model that fails here is refused in one line, not with a traceback before it
-        manager.add_request([0], max_new_tokens=1)
-        tried = manager.get_result()
-        batching_log.disabled = False
+        try:
+            manager.add_request([0], max_new_tokens=1)
+            tried = manager.get_result()
+        finally:
+            batching_log.disabled = False
         if tried is None or tried.error is not None:
             self.managers.pop(streams).stop(block=True, hard_stop=True)
             raise InputError(

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
-from parscale.output import print_table
+from parscale.output import print_table, write_text
 from parscale.train.config import TrainConfig
 from parscale.train.parallel import is_first_process
 from parscale.train.prepare import prepare
@@ -102,6 +102,4 @@ def _has_streams(model: str) -> bool:
 def _complete(path: Path, result: TrainResult, control: TrainResult) -> None:
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     record[CONTROL] = asdict(control) | {"gain": control.validation_loss - result.validation_loss}
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, json.dumps(record, indent=1))
