@@ -23,11 +23,11 @@ RUNNABLE = ("gpu", "cpu", "smoke")
 """Scales whose rows can be there; a claim's verdict is that of the first that has rows."""
 INTRODUCTION = (
     "Losses are nats per token on held-out text. A gain is the control's loss minus a run's, of the same seed, text "
-    "and tokens; the control is one stream with a prefix. Beside it: its 95 % bootstrap interval over seeds, and its "
-    "size in standard deviations of the control over seeds (sd). A part is supported where the interval of three or "
-    "more seeds is above 0, not supported where it is nowhere above 0, else undecided; a claim is what all its parts "
-    "are. The scale smoke proves the machinery alone: its runs are a few steps long and decide nothing. What the "
-    "paper's own sizes would take is told in hours of one H100 (h)."
+    "and tokens; the control is one stream with a prefix. Beside it: its 95 % interval (Student's t) over seeds, and "
+    "its size in standard deviations of the control over seeds (sd). A part is supported where the interval of three "
+    "or more seeds is above 0, not supported where it is nowhere above 0.02 nats, else undecided; a claim is what all "
+    "its parts are. The scale smoke proves the machinery alone: its runs are a few steps long and decide nothing. "
+    "What the paper's own sizes would take is told in hours of one H100 (h)."
 )
 
 

@@ -102,7 +102,7 @@ def _kept(rows: Sequence[Row], shared: str, own: str, control: str) -> float | N
 
 def _over_share(rows: Sequence[Row], shared: str, own: str, control: str) -> Any:
     losses = _losses(rows, shared, own, control)
-    return gain_of([s for s, _, _ in losses], [c - KEPT * (c - o) for _, o, c in losses])
+    return gain_of([s for s, _, _ in losses], [c - KEPT * (c - o) for _, o, c in losses], worth=0)
 
 
 CLAIM = Claim(

@@ -46,7 +46,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         seeds = sorted(least.keys() & control.keys() & scratch.keys())
         gained = [control[s]["validation_loss"] - scratch[s]["validation_loss"] for s in seeds]
         kept = [control[s]["validation_loss"] - least[s]["validation_loss"] for s in seeds]
-        over = gain_of([0.953 * g for g in gained], kept)
+        over = gain_of([0.953 * g for g in gained], kept, worth=0)
         outcomes.append(over.outcome)
         said.append(
             f"{corpus}: with {min(shares):.0%} of the compute in stage 2, gain {statistics.mean(kept):+.4f} of "

@@ -6,8 +6,9 @@ import numpy as np
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
-from parscale.experiments.verdicts import RESAMPLES, Row, Verdict, by_corpus, by_seed, loss
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, loss
 
+RESAMPLES = 10_000
 LEAST = 6
 """Runs on a text that a rank correlation is told for."""
 
