@@ -34,6 +34,9 @@ from parscale.train.config import Rates
 from parscale.train.loss import chunked_loss
 from parscale.train.stages import freeze_backbone, parameter_groups
 
+FROZEN = 4
+"""The P at which frozen is held against the full retrofit."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,6 +46,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=2, help="timed steps in each process, after one that is not")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--checkpointing", choices=["off", "on", "both"], default="both")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--name", default="train", help="of the result file")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after so many")
@@ -53,7 +57,8 @@ def main() -> None:
         print(json.dumps(measure(json.loads(told.row))))
         return
     settings = {name: getattr(told, name) for name in ("layers", "batch", "tokens", "steps", "dtype")}
-    rows = cases(told.streams)
+    checkpointing = {"off": [False], "on": [True], "both": [False, True]}[told.checkpointing]
+    rows = cases(told.streams, checkpointing)
     wanted = [row | settings | {"round": number} for number in range(told.rounds) for row in rows]
     seen = measured(wanted, told.runs, time.monotonic() + 60 * told.minutes)
     if len(seen) < len(wanted):
@@ -69,15 +74,16 @@ def main() -> None:
     print(path)
 
 
-def cases(streams: list[int]) -> list[dict[str, Any]]:
+def cases(streams: list[int], checkpointing: list[bool]) -> list[dict[str, Any]]:
     """Every row that is measured."""
     rows = []
-    for checkpointing in (False, True):
-        rows.append({"code": "plain", "streams": 1, "stage": "retrofit", "checkpointing": checkpointing})
+    for saving in checkpointing:
+        rows.append({"code": "plain", "streams": 1, "stage": "retrofit", "checkpointing": saving})
         for p in streams:
             for code in ("parscale", "naive"):
-                rows.append({"code": code, "streams": p, "stage": "retrofit", "checkpointing": checkpointing})
-        rows.append({"code": "parscale", "streams": 4, "stage": "frozen", "checkpointing": checkpointing})
+                rows.append({"code": code, "streams": p, "stage": "retrofit", "checkpointing": saving})
+        if FROZEN in streams:
+            rows.append({"code": "parscale", "streams": FROZEN, "stage": "frozen", "checkpointing": saving})
     return rows
 
 
@@ -190,7 +196,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
 
     lines = []
     streams = sorted({row["streams"] for row in rows})
-    for checkpointing in (False, True):
+    for checkpointing in sorted({row["checkpointing"] for row in rows}):
         told = "with checkpointing" if checkpointing else "without checkpointing"
         one = find("parscale", 1, checkpointing)
         for p in streams:
@@ -201,8 +207,10 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
                 f"memory {ours['peak_gib'] / naive['peak_gib']:.2f} × naive "
                 f"and {ours['peak_gib'] / one['peak_gib']:.2f} × P=1"
             )
-        full, frozen = find("parscale", 4, checkpointing), find("parscale", 4, checkpointing, "frozen")
-        lines.append(f"frozen P=4 {told}: {full['seconds'] / frozen['seconds']:.2f} × as fast as the full retrofit")
+        if FROZEN in streams:
+            full, frozen = find("parscale", FROZEN, checkpointing), find("parscale", FROZEN, checkpointing, "frozen")
+            faster = full["seconds"] / frozen["seconds"]
+            lines.append(f"frozen P={FROZEN} {told}: {faster:.2f} × as fast as the full retrofit")
     return lines
 
 
