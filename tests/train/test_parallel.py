@@ -149,21 +149,43 @@ def test_more_processes_than_streams_stop_before_the_first_step(base, corpus, tm
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_launchers_start_the_command(sharded: bool, base: Path, corpus: Path, alone: Path, tmp_path: Path) -> None:
-    if sharded:
-        launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-        launcher += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
-    else:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+ZERO = [*ACCELERATE, "--use_deepspeed", "--mixed_precision", "no", "--zero_stage"]
+LAUNCHERS = {
+    "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "fsdp2": [
+        *ACCELERATE, "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
+    ],
+    "zero2": [*ZERO, "2"],
+    "zero3": [*ZERO, "3"],
+}  # fmt: skip
+
+
+def _launch(launcher: str, output: Path, base: Path, corpus: Path) -> Any:
+    if launcher.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="needs deepspeed")
     command = [
-        "-m", "parscale.cli", "train", "retrofit", "--output", tmp_path / "out", "--model", base, "--data", corpus,
+        "-m", "parscale.cli", "train", "retrofit", "--output", output, "--model", base, "--data", corpus,
         "--cache-dir", corpus.parent / "cache", "--streams", "2", "--prefix-tokens", "4", "--diversify", "prefix",
         "embedding", "--tokens", str(20 * 4 * 16), "--batch-size", "2", "--block-size", "16", "--validation-blocks",
         "4", "--evaluations", "1",
     ]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launcher, *map(str, command)], env=env, capture_output=True, text=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    words = [sys.executable, *LAUNCHERS[launcher], *map(str, command)]
+    return subprocess.run(words, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ddp", "fsdp2", "zero2"])
+def test_launchers_start_the_command(launcher: str, base: Path, corpus: Path, alone: Path, tmp_path: Path) -> None:
+    done = _launch(launcher, tmp_path / "out", base, corpus)
     assert done.returncode == 0, done.stderr
     _check_same(tmp_path / "out", alone)
+
+
+@pytest.mark.slow
+def test_weights_that_could_not_be_saved_are_refused_before_the_first_step(base, corpus, tmp_path) -> None:
+    done = _launch("zero3", tmp_path / "out", base, corpus)
+    assert done.returncode
+    assert "zero_stage=3 shards the weights where they cannot be saved" in done.stderr
+    assert not (tmp_path / "out").exists()

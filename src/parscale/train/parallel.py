@@ -160,6 +160,17 @@ def mix_precision_of_shards(accelerator: Any) -> None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
 
+def check_zero_stage(accelerator: Any) -> None:
+    """Refuse, before the first step, DeepSpeed's stage 3: its parameters would be saved as empty ones.
+
+    Raises:
+        InputError: names the stage.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise InputError("zero_stage=3 shards the weights where they cannot be saved; take zero_stage 2, or FSDP2")
+
+
 def whole_parameters(model: Any) -> dict[str, Tensor]:
     """Every parameter of a sharded model by name, whole and on the CPU. All processes call it together."""
     for module in model.modules():

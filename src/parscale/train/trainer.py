@@ -40,6 +40,7 @@ from parscale.train.model import base_of, model_of, save_model
 from parscale.train.parallel import (
     check_launch,
     check_stream_parallel,
+    check_zero_stage,
     is_first_process,
     mix_precision_of_shards,
     processes,
@@ -123,6 +124,7 @@ class StreamsTrainer(FaultTolerance, Trainer):
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled |= shard_on_cpu_too(self.accelerator)
         mix_precision_of_shards(self.accelerator)
+        check_zero_stage(self.accelerator)
         if self.stream_parallel > 1:
             same_batch_for(self.accelerator, self.stream_parallel)
 
