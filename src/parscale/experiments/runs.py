@@ -97,7 +97,9 @@ class Scale:
     base_tokens: int
     """Of the plain model that stage 2 continues."""
     tokens: int
-    """Of every other run."""
+    """Of every other run from scratch."""
+    second_tokens: int
+    """Of a run that continues a model."""
     streams: tuple[int, ...] = (2, 4)
     text_tokens: int = 20_000_000
     """Of a text at most; a run that is longer passes over it again."""
@@ -113,7 +115,7 @@ class Scale:
         """A run with this scale's sizes, except for what `changes` says."""
         given: dict[str, Any] = {
             "model": self.model,
-            "tokens": self.tokens,
+            "tokens": self.tokens if changes.get("stage", "pretrain") == "pretrain" else self.second_tokens,
             "batch_size": self.batch_size,
             "block_size": self.block_size,
             "vocab_size": self.vocab_size,
@@ -148,20 +150,20 @@ PREFIX: dict[str, dict[str, Any]] = {"smoke": {"prefix_tokens": 8}, "cpu": {}, "
 
 SCALES: dict[str, Scale] = {
     "smoke": Scale(
-        "smoke", "pico", ("1x16x2", "pico", "2x48x3"), 384, 32, 8, 6 * 256, 6 * 256, text_tokens=100_000, lora_rank=2,
-        validation_blocks=16, evaluations=1,
+        "smoke", "pico", ("1x16x2", "pico", "2x48x3"), 384, 32, 8, 6 * 256, 6 * 256, 6 * 256,
+        text_tokens=100_000, lora_rank=2, validation_blocks=16, evaluations=1,
     ),
     "cpu": Scale(
-        "cpu", "pico", ("2x24x2", "pico", "2x48x3", "nano", "3x96x4"), 512, 128, 16, 800 * 2048, 600 * 2048, (2, 4, 8),
-        learning_rate=2e-2, stream_learning_rate=2e-2,
+        "cpu", "pico", ("2x24x2", "pico", "2x48x3", "nano", "3x96x4"), 512, 128, 16,
+        800 * 2048, 2400 * 2048, 600 * 2048, (2, 4, 8), learning_rate=2e-2, stream_learning_rate=2e-2,
     ),
     "gpu": Scale(
         "gpu", "mini", ("nano", "micro", "4x192x4", "mini", "small"), 2048, 256, 128,
-        600 * 32768, 600 * 32768, (2, 4, 8),
+        600 * 32768, 600 * 32768, 600 * 32768, (2, 4, 8),
     ),
     "paper": Scale(
         "paper", "1.6B", ("0.5B", "0.7B", "1.1B", "1.6B", "2.8B", "4.4B"), 151_936, 2048, 1024,
-        10**12, 42 * 10**9, (2, 4, 8), text_tokens=10**12,
+        10**12, 42 * 10**9, 42 * 10**9, (2, 4, 8), text_tokens=10**12,
     ),
 }  # fmt: skip
 

@@ -6,18 +6,26 @@ from parscale.experiments.claim import Claim
 from parscale.experiments.runs import PLAIN, Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, gain_points, names, over_control, paired
 
+EQUAL = 4
+"""One stream is given as many LoRA parameters as so many streams have."""
+
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     found = []
     for corpus in corpora:
         streamed = [scale.run(f"P={p}, prefix", corpus, scale.prefix(p)) for p in scale.streams]
         streamed += [scale.run(f"P={p}, prefix+lora", corpus, scale.lora(p)) for p in scale.streams]
+        equal = scale.lora(1, lora_rank=EQUAL * scale.lora_rank)
+        one = [
+            scale.run("P=1, no prefix", corpus, PLAIN),
+            scale.run(f"P=1, prefix+lora of {EQUAL} streams", corpus, equal),
+        ]
         if scale.name == "paper":
+            one.pop()
             streamed = [run for run in streamed if run.streams.diversify == ("prefix",)]
             streamed.append(scale.run("P=1, 0.5B", corpus, PLAIN, model="0.5B"))
             streamed.append(scale.run("P=2, prefix, 0.5B", corpus, scale.prefix(2), model="0.5B"))
-        plain = scale.run("P=1, no prefix", corpus, PLAIN)
-        found += against(scale.run("control", corpus, scale.prefix(1)), [plain, *streamed])
+        found += against(scale.run("control", corpus, scale.prefix(1)), [*one, *streamed])
     return found
 
 

@@ -11,14 +11,14 @@ from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names, paired
 
-FACTORS = (0.5, 1.0, 2.0, 4.0)
+FACTORS = (0.125, 0.25, 0.5, 1.0)
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     step = scale.batch_size * scale.block_size
     found = []
     for corpus in corpora:
-        for factor in FACTORS[1:] if scale.name == "smoke" else FACTORS:
+        for factor in FACTORS[2:] if scale.name == "smoke" else FACTORS:
             tokens = max(2, round(factor * scale.tokens / step)) * step
             most = factor == FACTORS[-1]
             streamed = [

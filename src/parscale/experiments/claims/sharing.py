@@ -10,8 +10,6 @@ from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, comb
 from parscale.train.config import Stage
 
 KEPT = 0.8
-LONG = 4
-"""Times the scale's tokens from scratch, as `data` has at the most: on few tokens there is little gain to keep."""
 DECIDING = (4, 8)
 """The P at which the claim is decided."""
 SECOND: tuple[Stage, ...] = ("retrofit", "frozen")
@@ -22,8 +20,8 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     """From scratch at every P, and on a trained model at P = 4: own keys and values, and shared ones."""
     found = []
     for corpus in corpora:
-        control = scale.run("pretrain, control", corpus, scale.prefix(1), tokens=LONG * scale.tokens)
-        found += against(control, _both(scale, corpus, scale.streams, tokens=LONG * scale.tokens))
+        control = scale.run("pretrain, control", corpus, scale.prefix(1))
+        found += against(control, _both(scale, corpus, scale.streams))
         found += against(control, _variants(scale, corpus))
         base = scale.base(corpus)
         for stage in SECOND:
@@ -83,12 +81,7 @@ def _variants(scale: Scale, corpus: str) -> list[Run]:
         "plain first, no prefix": bare | {"plain_first": True},
     }
     return [
-        scale.run(
-            f"pretrain, P={P_SECOND}, shared, {name}",
-            corpus,
-            scale.lora(P_SECOND, kv="shared", **changes),
-            tokens=LONG * scale.tokens,
-        )
+        scale.run(f"pretrain, P={P_SECOND}, shared, {name}", corpus, scale.lora(P_SECOND, kv="shared", **changes))
         for name, changes in variants.items()
     ]
 
