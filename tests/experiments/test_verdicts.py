@@ -197,6 +197,17 @@ def test_domains_compares_with_the_lora_and_tells_what_is_forgotten() -> None:
     assert found.table[0]["loss at home rises by"] == 0.5
 
 
+def test_balance_holds_the_best_remedy_against_none() -> None:
+    one, all_eight = {"weights": [0.95, 0.05]}, {"weights": [0.6, 0.4]}
+    rows = seeds("control", *CONTROL) + seeds("P=8, no remedy", *CONTROL, measured=one)
+    rows += seeds("P=8, annealed ε", 2.9, 3.0, 3.1, measured=all_eight)
+    rows += seeds("P=8, decorrelation", 3.0, 3.1, 3.3, measured=one)
+    found = verdict("balance", rows)
+    assert found.outcome == "supported"
+    assert found.reason.startswith("P=8, annealed ε over none on code: +0.1")
+    assert [line["monoculture"] for line in found.table] == ["3 of 3", "0 of 3", "3 of 3"]
+
+
 def test_sft() -> None:
     rows = seeds("control", *CONTROL) + seeds("P=2", 3.1, 3.2, 3.3)
     assert verdict("sft", rows).outcome == "not supported"

@@ -4,6 +4,7 @@ from parscale.errors import InputError
 from parscale.experiments.claim import Claim
 from parscale.experiments.claims import (
     aggregation,
+    balance,
     baseline,
     data,
     domains,
@@ -22,7 +23,7 @@ from parscale.experiments.claims import (
 
 MODULES = (
     baseline, aggregation, efficiency, law, many_streams, data, split, moe, smoothing, domains, prefix, dynamic, sft,
-    theory, sharing,
+    theory, sharing, balance,
 )  # fmt: skip
 CLAIMS: dict[str, Claim] = {module.CLAIM.name: module.CLAIM for module in MODULES}
 
