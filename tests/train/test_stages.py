@@ -144,6 +144,14 @@ def test_the_backbone_may_begin_later(model) -> None:
     assert rates["head"] == pytest.approx([0, 0.5] + [1.0] * 18)
 
 
+def test_the_head_may_have_a_rate_of_its_own(model) -> None:
+    config = TrainConfig("retrofit", Path("o"), learning_rate=1.0, head_learning_rate=0.25, warmup=0.0, decay=0.0)
+    rates = rates_of(model, config, 4)
+    assert (rates["head"], rates["backbone"]) == ([0.25] * 4, [1.0] * 4)
+    with pytest.raises(InputError, match="head_learning_rate=-1 is not accepted"):
+        TrainConfig("retrofit", Path("o"), head_learning_rate=-1)
+
+
 def test_a_rate_of_zero_for_all_that_a_stage_trains_is_refused() -> None:
     model = parscale.parallelize(plain(), parscale.StreamsConfig(1, 4))
     freeze_backbone(model, "frozen")

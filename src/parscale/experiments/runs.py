@@ -47,6 +47,7 @@ class Run:
     balance: Balance = field(default_factory=Balance)
     learning_rate: float = 3e-3
     stream_learning_rate: float = 1e-2
+    head_learning_rate: float | None = None
     decay: float = 0.5
 
     @property

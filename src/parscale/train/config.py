@@ -40,17 +40,19 @@ Count = Annotated[
 @dataclass(frozen=True)
 class Rates:
     """Learning rates and weight decay by parameter group; `backbone_delay` is the share of the steps, at the start,
-    in which the backbone's rate is 0."""
+    in which the backbone's rate is 0. None for the head: the backbone's."""
 
     learning_rate: float
     stream_learning_rate: float
     weight_decay: float
     backbone_delay: float = 0.0
+    head_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "stream_learning_rate", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name}={getattr(self, name)!r} is not accepted; give a number >= 0")
+        for name in ("learning_rate", "stream_learning_rate", "weight_decay", "head_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise InputError(f"{name}={value!r} is not accepted; give a number >= 0")
         if self.learning_rate == 0 and self.stream_learning_rate == 0:
             raise InputError("learning_rate=0 and stream_learning_rate=0: nothing would train; give one above 0")
         if not 0 <= self.backbone_delay < 1:
@@ -128,8 +130,9 @@ class TrainConfig:
         chat_template: sft: a Jinja file, or "plain", for tokenizers that have none.
         tokens: training tokens to see; by default one pass over the data.
         batch_size: sequences a step, on each device.
-        learning_rate: of the backbone (or its LoRA) and the aggregation head, at its peak.
+        learning_rate: of the backbone (or its LoRA), at its peak.
         stream_learning_rate: of prefixes and other parameters that tell the streams apart.
+        head_learning_rate: of the aggregation head; by default the backbone's.
         weight_decay: of the backbone's matrices.
         schedule: wsd (warm-up, stable, linear decay) or cosine (warm-up, then half a cosine to zero).
         warmup: share of the steps in which the rates rise.
@@ -175,6 +178,7 @@ class TrainConfig:
     batch_size: int = 16
     learning_rate: float = 3e-3
     stream_learning_rate: float = 1e-2
+    head_learning_rate: float | None = None
     weight_decay: float = 0.1
     schedule: Literal["wsd", "cosine"] = "wsd"
     warmup: float = 0.05
@@ -234,4 +238,10 @@ class TrainConfig:
     @property
     def rates(self) -> Rates:
         """The learning rates, checked."""
-        return Rates(self.learning_rate, self.stream_learning_rate, self.weight_decay, self.backbone_delay)
+        return Rates(
+            self.learning_rate,
+            self.stream_learning_rate,
+            self.weight_decay,
+            self.backbone_delay,
+            self.head_learning_rate,
+        )

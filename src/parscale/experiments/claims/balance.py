@@ -29,6 +29,8 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
             scale.run(f"P={p}, {remedy}", corpus, scale.lora(p), balance=balance)
             for remedy, balance in remedies.items()
         ]
+        slow = 0.1 * scale.learning_rate
+        streamed.append(scale.run(f"P={p}, slow head", corpus, scale.lora(p), head_learning_rate=slow))
         streamed.append(scale.run(f"P={p}, mean", corpus, scale.lora(p, aggregate="mean")))
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found
