@@ -204,7 +204,7 @@ def test_balance_holds_the_best_remedy_against_none() -> None:
     rows += seeds("P=8, decorrelation", 3.0, 3.1, 3.3, measured=one)
     found = verdict("balance", rows)
     assert found.outcome == "supported"
-    assert found.reason.startswith("P=8, annealed ε over none on code: +0.1")
+    assert found.reason.startswith("P=8 on code: annealed ε over no remedy +0.1")
     assert [line["monoculture"] for line in found.table] == ["3 of 3", "0 of 3", "3 of 3"]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_points, names, paired
+from parscale.experiments.verdicts import Gain, Row, Verdict, by_corpus, by_seed, combine, gain_points, names, paired
 from parscale.probe import MONOCULTURE_WEIGHT
 from parscale.train.config import Balance
 
@@ -13,36 +13,39 @@ FREE = "no remedy"
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
-    """At the most streams of the scale, where a learned head picks one soonest."""
-    p = scale.streams[-1]
+    """All remedies at the most streams of the scale, where a learned head picks one soonest; one of them at every P."""
+    most = scale.streams[-1]
+    even = Balance(load_balance=0.01)
     remedies = {
-        FREE: Balance(),
         "annealed ε": Balance(smoothing_start=1.0),
-        "load balance": Balance(load_balance=0.01),
-        "entropy floor": Balance(entropy_floor=p / 2),
+        "entropy floor": Balance(entropy_floor=most / 2),
         "decorrelation": Balance(decorrelation=0.1),
         "stream dropout": Balance(stream_dropout=0.1),
     }
     found = []
     for corpus in corpora:
-        streamed = [
-            scale.run(f"P={p}, {remedy}", corpus, scale.lora(p), balance=balance)
-            for remedy, balance in remedies.items()
+        streamed = []
+        for p in scale.streams:
+            streamed.append(scale.run(f"P={p}, {FREE}", corpus, scale.lora(p)))
+            streamed.append(scale.run(f"P={p}, load balance", corpus, scale.lora(p), balance=even))
+        streamed += [
+            scale.run(f"P={most}, {name}", corpus, scale.lora(most), balance=b) for name, b in remedies.items()
         ]
         slow = 0.1 * scale.learning_rate
-        streamed.append(scale.run(f"P={p}, slow head", corpus, scale.lora(p), head_learning_rate=slow))
-        streamed.append(scale.run(f"P={p}, mean", corpus, scale.lora(p, aggregate="mean")))
+        streamed.append(scale.run(f"P={most}, slow head", corpus, scale.lora(most), head_learning_rate=slow))
+        streamed.append(scale.run(f"P={most}, mean", corpus, scale.lora(most, aggregate="mean")))
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
-    """Supported where the best remedy, by its mean loss, beats none."""
+    """Supported where the best remedy at the most streams, by its mean loss, beats none."""
     table, outcomes, said = [], [], []
     for corpus, of in by_corpus(rows).items():
-        remedies = [name for name in names(of) if name != "control"]
-        free = next((name for name in remedies if name.endswith(FREE)), None)
-        for name in remedies:
+        by_count: dict[int, dict[str, Gain]] = {}
+        for name in (name for name in names(of) if name != "control"):
+            streams, remedy = name.split(", ")
+            over_none = paired(of, name, f"{streams}, {FREE}")
             seen = list(by_seed(of, name).values())
             largest = [max(row["measured"]["weights"]) for row in seen]
             table.append(
@@ -51,16 +54,18 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "run": name,
                     "loss": statistics.mean(row["validation_loss"] for row in seen),
                     "gain over control": str(paired(of, name, "control")),
-                    "gain over none": "" if free in (None, name) else str(paired(of, name, free)),
+                    "gain over no remedy": "" if remedy == FREE else str(over_none),
                     "largest weight": statistics.mean(largest),
                     "monoculture": f"{sum(w > MONOCULTURE_WEIGHT for w in largest)} of {len(seen)}",
                 }
             )
-        gains = {name: paired(of, name, free) for name in remedies if free not in (None, name)}
-        if gains:
-            best = max(gains, key=lambda name: gains[name].mean)
-            outcomes.append(gains[best].outcome)
-            said.append(f"{best} over none on {corpus}: {gains[best]}")
+            if remedy != FREE and over_none.seeds:
+                by_count.setdefault(int(streams.removeprefix("P=")), {})[remedy] = over_none
+        for p, gains in sorted(by_count.items()):
+            best = max(gains, key=lambda remedy: gains[remedy].mean)
+            said.append(f"P={p} on {corpus}: {best} over no remedy {gains[best]}")
+            if p == max(by_count):
+                outcomes.append(gains[best].outcome)
     places = {name: (name.split(", ")[1], float(name[2:].split(",")[0])) for name in names(rows) if name != "control"}
     return Verdict(combine(outcomes), "; ".join(said) + ".", table, gain_points(rows, places), AXES)
 
