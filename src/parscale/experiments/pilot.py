@@ -163,9 +163,13 @@ def judge(
 
 
 def _runs(name: str) -> dict[str, StreamsConfig]:
-    """The control, the streams, and a LoRA of as many parameters as the most streams have, as nearly as a rank can."""
-    runs = {"control": StreamsConfig(1)} | {
-        f"P={p}": StreamsConfig(p, diversify=("prefix", "lora"), lora_rank=LORA_RANK) for p in STREAMS
+    """The control, the streams, and a LoRA of as many parameters as the most streams have, as nearly as a rank can.
+
+    All start at the model's own loss: in a short run, what a random prefix does to a frozen model is never made good.
+    """
+    start: dict[str, Any] = {"prefix_init": "near_identity"}
+    runs = {"control": StreamsConfig(1, **start)} | {
+        f"P={p}": StreamsConfig(p, diversify=("prefix", "lora"), lora_rank=LORA_RANK, **start) for p in STREAMS
     }
     goal = _parameters(name, runs[f"P={STREAMS[-1]}"])
     one, two = (_parameters(name, StreamsConfig(1, 0, diversify=("lora",), lora_rank=rank)) for rank in (1, 2))
