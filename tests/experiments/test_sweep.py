@@ -182,6 +182,20 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_sweep_that_is_told_to_stop_saves_and_leaves_no_worker_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "parscale.cli", "experiment", "baseline", "--scale", "cpu", "--workers", "2"]
+    command += ["--seeds", "1", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        while b" 0/2400 val" not in (line := process.stdout.readline()):
+            assert line, "it ended"
+        process.terminate()
+        process.communicate(timeout=180)  # returns once all who hold the pipe are gone, the workers too
+    assert process.returncode == 0
+    assert list(tmp_path.glob("work/models/*/checkpoint-*"))
+
+
+@pytest.mark.slow
 def test_workers_share_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 2 on another text than the base's, in two processes: the base first, its tokenizer for all."""
     corpus = write_corpus(tmp_path / "corpus")

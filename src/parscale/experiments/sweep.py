@@ -8,13 +8,15 @@ that others continue or are measured against are trained first and stay in the w
 import json
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -279,8 +281,28 @@ def _processes(count: int, devices: int) -> Iterator[tuple[int, Callable[..., Fu
     numbers = context.Queue()
     for number in range(count):
         numbers.put(number)
-    with ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker, initargs=(numbers, devices)) as pool:
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker, initargs=(numbers, devices))
+    with _ending_together(), pool:
         yield count, pool.submit
+
+
+@contextmanager
+def _ending_together() -> Iterator[None]:
+    """SIGTERM to this process tells its workers too: each saves the run under way and ends, and none is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        for worker in active_children():
+            worker.terminate()
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _late(deadline: float | None) -> bool:
