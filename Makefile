@@ -25,7 +25,7 @@ $(READY): $(INSTALLED)
 	@$(PIP) '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## Watch a small model gain from parallel streams on real text (10 minutes on 2 CPU cores)
+demo: $(INSTALLED)  ## Watch a small model gain from parallel streams on real text (4 minutes on 2 CPU cores)
 	$(BIN)/parscale demo $(ARGS)
 
 test: $(READY)  ## The fast tests (under 10 minutes on 2 cores)

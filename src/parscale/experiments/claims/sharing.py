@@ -58,7 +58,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     for stage in ("pretrain", *SECOND):
         of_stage = {name: place for name, place in places.items() if name.startswith(stage)}
         curves |= gain_points(rows, of_stage, f"{stage}, control")
-    return Verdict(combine(outcomes), "; ".join(said) + ".", table, curves, ("P", "gain over the control (nats)"))
+    reason = "; ".join(said) or "No run with shared keys at P = 4 or 8"
+    return Verdict(combine(outcomes), f"{reason}.", table, curves, ("P", "gain over the control (nats)"))
 
 
 def _both(scale: Scale, corpus: str, counts: Sequence[int], *, stage: Stage = "pretrain", **changes: Any) -> list[Run]:
