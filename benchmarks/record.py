@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 
+from parscale.output import write_text
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -67,12 +69,7 @@ def write(name: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> Pa
         "settings": settings,
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(path)
-    return path
+    return write_text(RESULTS / f"{name}.json", json.dumps(record, indent=1) + "\n")
 
 
 def _git(*arguments: str) -> str:

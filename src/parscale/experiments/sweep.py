@@ -8,8 +8,6 @@ that others continue or are measured against are trained first and stay in the w
 import json
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -32,6 +30,7 @@ from parscale.experiments.shapes import source_of
 from parscale.load import load_model
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, load_text, sample
+from parscale.train.faults import catching_sigterm
 from parscale.train.prepare import FORGETTING
 from parscale.train.sft import load_chats
 from parscale.train.trainer import RECORD, TrainResult, train
@@ -282,27 +281,15 @@ def _processes(count: int, devices: int) -> Iterator[tuple[int, Callable[..., Fu
     for number in range(count):
         numbers.put(number)
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker, initargs=(numbers, devices))
-    with _ending_together(), pool:
+    with catching_sigterm(_end_together), pool:
         yield count, pool.submit
 
 
-@contextmanager
-def _ending_together() -> Iterator[None]:
-    """SIGTERM to this process tells its workers too: each saves the run under way and ends, and none is left behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: Any) -> None:
-        for worker in active_children():
-            worker.terminate()
-        raise SystemExit(0)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _end_together() -> None:
+    """Tell the workers too: each saves the run under way and ends, and none is left behind."""
+    for worker in active_children():
+        worker.terminate()
+    raise SystemExit(0)
 
 
 def _late(deadline: float | None) -> bool:

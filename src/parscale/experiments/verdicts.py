@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from parscale.probe import MONOCULTURE_WEIGHT
+
 Outcome = Literal["supported", "not supported", "undecided", "not run"]
 Row = dict[str, Any]
 SEEDS = 3
@@ -143,6 +145,18 @@ def over_control(rows: Sequence[Row], control: str = "control") -> list[Row]:
                 }
             )
     return table
+
+
+def largest_weight(row: Row) -> float:
+    """The mean weight of the stream that has the most."""
+    return max(row["measured"]["weights"])
+
+
+def imbalance(rows: Sequence[Row]) -> Row:
+    """Columns that tell how unevenly the streams of a run, of all seeds, are used."""
+    largest = [largest_weight(row) for row in rows]
+    monoculture = sum(weight > MONOCULTURE_WEIGHT for weight in largest)
+    return {"largest weight": statistics.mean(largest), "monoculture": f"{monoculture} of {len(largest)}"}
 
 
 def combine(outcomes: Sequence[Outcome]) -> Outcome:

@@ -7,10 +7,9 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -131,16 +130,13 @@ class FaultTolerance:
 
 
 @contextmanager
-def catching_sigterm(event: threading.Event) -> Iterator[None]:
-    """While it lasts, SIGTERM sets `event` and nothing else. Outside the main thread signals stay as they are."""
+def catching_sigterm(answer: Callable[[], None]) -> Iterator[None]:
+    """While it lasts, SIGTERM calls `answer` and nothing else. Outside the main thread signals stay as they are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def remember(number: int, frame: FrameType | None) -> None:
-        event.set()
-
-    before = signal.signal(signal.SIGTERM, remember)
+    before = signal.signal(signal.SIGTERM, lambda _number, _frame: answer())
     try:
         yield
     finally:

@@ -263,7 +263,7 @@ def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> Tra
         if config.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(config.patience))
         trainer.add_callback(ProgressBar(title or f"{config.stage} P={_streams(model)}", tokens_per_step))
-        with catching_sigterm(trainer.terminated):
+        with catching_sigterm(trainer.terminated.set):
             trainer.train(resume_from_checkpoint=str(newest) if newest else None)
         _check_stopped(trainer)
     model.config.use_cache = use_cache

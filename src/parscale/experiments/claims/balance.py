@@ -5,8 +5,18 @@ from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
-from parscale.experiments.verdicts import Gain, Row, Verdict, by_corpus, by_seed, combine, gain_points, names, paired
-from parscale.probe import MONOCULTURE_WEIGHT
+from parscale.experiments.verdicts import (
+    Gain,
+    Row,
+    Verdict,
+    by_corpus,
+    by_seed,
+    combine,
+    gain_points,
+    imbalance,
+    names,
+    paired,
+)
 from parscale.train.config import Balance
 
 FREE = "no remedy"
@@ -47,7 +57,6 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             streams, remedy = name.split(", ")
             over_none = paired(of, name, f"{streams}, {FREE}")
             seen = list(by_seed(of, name).values())
-            largest = [max(row["measured"]["weights"]) for row in seen]
             table.append(
                 {
                     "text": corpus,
@@ -55,9 +64,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "loss": statistics.mean(row["validation_loss"] for row in seen),
                     "gain over control": str(paired(of, name, "control")),
                     "gain over no remedy": "" if remedy == FREE else str(over_none),
-                    "largest weight": statistics.mean(largest),
-                    "monoculture": f"{sum(w > MONOCULTURE_WEIGHT for w in largest)} of {len(seen)}",
                 }
+                | imbalance(seen)
             )
             if remedy != FREE and over_none.seeds:
                 by_count.setdefault(int(streams.removeprefix("P=")), {})[remedy] = over_none

@@ -15,13 +15,11 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     for corpus in corpora:
         streamed = [scale.run(f"P={p}, prefix", corpus, scale.prefix(p)) for p in scale.streams]
         streamed += [scale.run(f"P={p}, prefix+lora", corpus, scale.lora(p)) for p in scale.streams]
-        equal = scale.lora(1, lora_rank=EQUAL * scale.lora_rank)
-        one = [
-            scale.run("P=1, no prefix", corpus, PLAIN),
-            scale.run(f"P=1, prefix+lora of {EQUAL} streams", corpus, equal),
-        ]
-        if scale.name == "paper":
-            one.pop()
+        one = [scale.run("P=1, no prefix", corpus, PLAIN)]
+        if scale.name != "paper":
+            equal = scale.lora(1, lora_rank=EQUAL * scale.lora_rank)
+            one.append(scale.run(f"P=1, prefix+lora of {EQUAL} streams", corpus, equal))
+        else:
             streamed = [run for run in streamed if run.streams.diversify == ("prefix",)]
             streamed.append(scale.run("P=1, 0.5B", corpus, PLAIN, model="0.5B"))
             streamed.append(scale.run("P=2, prefix, 0.5B", corpus, scale.prefix(2), model="0.5B"))

@@ -7,11 +7,12 @@ from typing import Any
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, gain_points, names, paired
-from parscale.train.config import Stage
+from parscale.train.config import Balance, Stage
 
 KEPT = 0.8
 DECIDING = (4, 8)
 """The P at which the claim is decided."""
+EVEN = Balance(load_balance=0.01)
 SECOND: tuple[Stage, ...] = ("retrofit", "frozen")
 P_SECOND = 4
 
@@ -62,13 +63,16 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     return Verdict(combine(outcomes), f"{reason}.", table, curves, ("P", "gain over the control (nats)"))
 
 
-def _both(scale: Scale, corpus: str, counts: Sequence[int], *, stage: Stage = "pretrain", **changes: Any) -> list[Run]:
-    changes |= {"stage": stage}
-    return [
-        scale.run(f"{stage}, P={p}, {kv}", corpus, scale.lora(p, **({} if kv == "own" else {"kv": kv})), **changes)
-        for p in counts
-        for kv in ("own", "shared")
-    ]
+def _both(scale: Scale, corpus: str, counts: Sequence[int], stage: Stage = "pretrain", **changes: Any) -> list[Run]:
+    """At the most streams with a load balance: without, the head picks one of them (claim `balance`), and the streams
+    of a model that uses one stream cannot be told apart by what they share."""
+    found = []
+    for p in counts:
+        more = changes | {"stage": stage} | ({"balance": EVEN} if p == scale.streams[-1] else {})
+        for kv in ("own", "shared"):
+            streams = scale.lora(p, **({} if kv == "own" else {"kv": kv}))
+            found.append(scale.run(f"{stage}, P={p}, {kv}", corpus, streams, **more))
+    return found
 
 
 def _variants(scale: Scale, corpus: str) -> list[Run]:

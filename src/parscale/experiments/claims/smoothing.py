@@ -5,8 +5,17 @@ from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, names, paired
-from parscale.probe import MONOCULTURE_WEIGHT
+from parscale.experiments.verdicts import (
+    Row,
+    Verdict,
+    by_corpus,
+    by_seed,
+    combine,
+    imbalance,
+    largest_weight,
+    names,
+    paired,
+)
 
 EPSILONS = (0.0, 0.01, 0.05, 0.1, 0.2)
 
@@ -29,7 +38,6 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     for corpus, of in by_corpus(rows).items():
         for name in (name for name in names(of) if "ε=" in name):
             seen = list(by_seed(of, name).values())
-            largest = [max(row["measured"]["weights"]) for row in seen]
             streams, epsilon = name.split(", ε=")
             table.append(
                 {
@@ -37,23 +45,18 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "run": name,
                     "seeds": len(seen),
                     "loss": statistics.mean(row["validation_loss"] for row in seen),
-                    "largest weight": statistics.mean(largest),
-                    "monoculture": f"{sum(w > MONOCULTURE_WEIGHT for w in largest)} of {len(seen)}",
-                    "skipped steps": sum(row["skipped_steps"] for row in seen),
                 }
+                | imbalance(seen)
+                | {"skipped steps": sum(row["skipped_steps"] for row in seen)}
             )
-            curves.setdefault(f"{corpus}, {streams}", []).append((float(epsilon), statistics.mean(largest)))
+            curves.setdefault(f"{corpus}, {streams}", []).append((float(epsilon), table[-1]["largest weight"]))
         for streams in dict.fromkeys(name.split(",")[0] for name in names(of) if "ε=" in name):
             gain = paired(of, f"{streams}, ε=0.1", f"{streams}, ε=0")
-            even = paired(of, f"{streams}, ε=0.1", f"{streams}, ε=0", _largest, _largest)
+            even = paired(of, f"{streams}, ε=0.1", f"{streams}, ε=0", largest_weight, largest_weight)
             outcomes += [gain.outcome]
             said.append(f"{streams} on {corpus}: loss {gain}, largest weight lower by {even}")
     reason = "ε = 0.1 against ε = 0: " + "; ".join(said) + "."
     return Verdict(combine(outcomes), reason, table, curves, ("ε", "largest mean weight"))
-
-
-def _largest(row: Row) -> float:
-    return max(row["measured"]["weights"])
 
 
 CLAIM = Claim(
