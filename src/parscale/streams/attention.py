@@ -268,9 +268,8 @@ def _decode(
     prefix_scores = (by_stream @ prefix_k[:, None].transpose(-1, -2)).flatten(0, 1)  # (P·B, Hk, G, n)
     scores = grouped @ key.transpose(-1, -2)  # (P·B, Hk, G, S)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = torch.cat([prefix_scores, scores], dim=-1).softmax(-1, dtype=dtype).to(value.dtype)
+        scores = kv.masked(scores, mask)
+    weights = torch.cat([prefix_scores, scores], dim=-1).softmax(-1).to(value.dtype)  # in float32 inside
     out = weights[..., n:] @ value  # (P·B, Hk, G, E)
     out = out + (split(weights[..., :n], streams) @ prefix_v[:, None]).flatten(0, 1)
     return out.flatten(1, 2)[:, None]  # (P·B, 1, H, E)

@@ -110,21 +110,26 @@ def decode(
     folded = by_stream.permute(1, 2, 0, 3, 4).flatten(2, 3)  # (B, Hk, P·G, D): P·G query heads share a K/V head
     scores = folded @ key.transpose(-1, -2)  # (B, Hk, P·G, S)
     if mask is not None:
-        mask = mask[: key.shape[0]]
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        scores = masked(scores, mask[: key.shape[0]])
     n = 0
     if prefix is not None:
         prefix_k, prefix_v = (bank.expand(streams, -1, -1, -1) for bank in prefix)
         n = prefix_k.shape[2]
         prefix_scores = (by_stream @ prefix_k[:, None].transpose(-1, -2)).permute(1, 2, 0, 3, 4).flatten(2, 3)
         scores = torch.cat([prefix_scores, scores], dim=-1)  # (B, Hk, P·G, n+S)
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(-1, dtype=dtype).to(value.dtype)
+    weights = scores.softmax(-1).to(value.dtype)  # in float32 inside, whatever the scores' dtype is
     out = (weights[..., n:] @ value).unflatten(2, (streams, -1)).permute(2, 0, 1, 3, 4)  # (P, B, Hk, G, E)
     if prefix is not None:
         on_prefix = weights[..., :n].unflatten(2, (streams, -1)).permute(2, 0, 1, 3, 4)  # (P, B, Hk, G, n)
         out = out + on_prefix @ prefix_v[:, None]
     return out.flatten(0, 1).flatten(1, 2)[:, None]  # (P·B, 1, H, E)
+
+
+def masked(scores: Float[Tensor, "*s"], mask: Tensor) -> Float[Tensor, "*s"]:
+    """−∞ where a boolean mask is False; an additive one is added. The scores of all queries are passed over once."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -torch.inf)
+    return scores + mask
 
 
 def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

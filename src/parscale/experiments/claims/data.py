@@ -31,7 +31,8 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
-    """Supported where the gain at the most tokens is not below that at the fewest."""
+    """Supported where the gain at the most tokens is not below that at the fewest. One stream on P times the tokens
+    costs what P streams cost to train: a control of equal compute."""
     table, outcomes, said, curves = [], [], [], {}
     for corpus, of in by_corpus(rows).items():
         for streams in dict.fromkeys(name.split(",")[0] for name in names(of) if name.startswith("P=")):
@@ -44,7 +45,15 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     s: theirs[s]["validation_loss"] - ours[s]["validation_loss"] for s in ours.keys() & theirs.keys()
                 }
                 gain = paired(of, name, control)
-                table.append({"text": corpus, "run": name, "gain over the control": str(gain)})
+                as_long = f"control, {factor * int(streams.removeprefix('P=')):g} × tokens"
+                table.append(
+                    {
+                        "text": corpus,
+                        "run": name,
+                        "gain over the control": str(gain),
+                        "over one stream on P times the tokens": str(paired(of, name, as_long)),
+                    }
+                )
                 curves.setdefault(f"{corpus}, {streams}", []).append((float(np.log2(factor)), gain.mean))
             if len(by_factor) == 1:
                 continue

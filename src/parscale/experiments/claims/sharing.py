@@ -14,31 +14,35 @@ DECIDING = (4, 8)
 """The P at which the claim is decided."""
 EVEN = Balance(load_balance=0.01)
 SECOND: tuple[Stage, ...] = ("retrofit", "frozen")
-P_SECOND = 4
+P_ELSEWHERE = 4
+SIZES = 3
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
-    """From scratch at every P, and on a trained model at P = 4: own keys and values, and shared ones."""
+    """Own keys and values and shared ones: from scratch at every P, and at P = 4 for other sizes and on a trained
+    model."""
     found = []
     for corpus in corpora:
         control = scale.run("pretrain, control", corpus, scale.prefix(1))
-        found += against(control, _both(scale, corpus, scale.streams))
-        found += against(control, _variants(scale, corpus))
+        found += against(control, _both(scale, "pretrain", corpus, scale.streams) + _variants(scale, corpus))
         base = scale.base(corpus)
-        for stage in SECOND:
-            more: dict[str, Any] = {"stage": stage, "start": base}
-            control = scale.run(f"{stage}, control", corpus, scale.prefix(1), **more)
-            found += against(control, _both(scale, corpus, (P_SECOND,), **more))
+        places: dict[str, dict[str, Any]] = {
+            f"pretrain {size}": {"model": size} for size in scale.sizes[:SIZES] if size != scale.model
+        } | {stage: {"stage": stage, "start": base} for stage in SECOND}
+        for place, more in places.items():
+            control = scale.run(f"{place}, control", corpus, scale.prefix(1), **more)
+            found += against(control, _both(scale, place, corpus, (P_ELSEWHERE,), **more))
     return list(dict.fromkeys(found))
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
     """Supported where, at P = 4 and 8, sharing keeps 80 % of what own keys and values gain."""
-    table, outcomes, said, places = [], [], [], {}
+    table, outcomes, said, curves = [], [], [], {}
+    points: dict[str, dict[str, tuple[str, float]]] = {}
     for corpus, of in by_corpus(rows).items():
         for name in (name for name in names(of) if not name.endswith("control")):
-            stage, streams, keys = name.split(", ", 2)
-            control, own = f"{stage}, control", f"{stage}, {streams}, own"
+            place, streams, keys = name.split(", ", 2)
+            control, own = f"{place}, control", f"{place}, {streams}, own"
             kept = _kept(of, name, own, control)
             table.append(
                 {
@@ -49,29 +53,27 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "of the own gain": "" if keys == "own" or kept is None else f"{kept:.0%}",
                 }
             )
-            places[name] = (f"{stage}, {keys}", float(streams.removeprefix("P=")))
+            points.setdefault(place, {})[name] = (f"{place}, {keys}", float(streams.removeprefix("P=")))
             if keys == "shared" and int(streams.removeprefix("P=")) in DECIDING:
                 over = _over_share(of, name, own, control)
                 outcomes.append(over.outcome)
                 told = "not run" if kept is None else f"{kept:.0%} kept"
-                said.append(f"{stage}, {streams} on {corpus}: {told}; gain less {KEPT:.0%} of the own gain {over}")
-    curves = {}
-    for stage in ("pretrain", *SECOND):
-        of_stage = {name: place for name, place in places.items() if name.startswith(stage)}
-        curves |= gain_points(rows, of_stage, f"{stage}, control")
+                said.append(f"{place}, {streams} on {corpus}: {told}; gain less {KEPT:.0%} of the own gain {over}")
+    for place, of_place in points.items():
+        curves |= gain_points(rows, of_place, f"{place}, control")
     reason = "; ".join(said) or "No run with shared keys at P = 4 or 8"
     return Verdict(combine(outcomes), f"{reason}.", table, curves, ("P", "gain over the control (nats)"))
 
 
-def _both(scale: Scale, corpus: str, counts: Sequence[int], stage: Stage = "pretrain", **changes: Any) -> list[Run]:
+def _both(scale: Scale, place: str, corpus: str, counts: Sequence[int], **changes: Any) -> list[Run]:
     """At the most streams with a load balance: without, the head picks one of them (claim `balance`), and the streams
     of a model that uses one stream cannot be told apart by what they share."""
     found = []
     for p in counts:
-        more = changes | {"stage": stage} | ({"balance": EVEN} if p == scale.streams[-1] else {})
+        more = changes | ({"balance": EVEN} if p == scale.streams[-1] else {})
         for kv in ("own", "shared"):
             streams = scale.lora(p, **({} if kv == "own" else {"kv": kv}))
-            found.append(scale.run(f"{stage}, P={p}, {kv}", corpus, streams, **more))
+            found.append(scale.run(f"{place}, P={p}, {kv}", corpus, streams, **more))
     return found
 
 
@@ -86,7 +88,7 @@ def _variants(scale: Scale, corpus: str) -> list[Run]:
         "plain first, no prefix": bare | {"plain_first": True},
     }
     return [
-        scale.run(f"pretrain, P={P_SECOND}, shared, {name}", corpus, scale.lora(P_SECOND, kv="shared", **changes))
+        scale.run(f"pretrain, P={P_ELSEWHERE}, shared, {name}", corpus, scale.lora(P_ELSEWHERE, kv="shared", **changes))
         for name, changes in variants.items()
     ]
 

@@ -21,15 +21,17 @@ EPSILONS = (0.0, 0.01, 0.05, 0.1, 0.2)
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
+    """As long as a stage 2, for it is many runs, and which stream is picked is settled early."""
     epsilons = (0.0, 0.1) if scale.name == "smoke" else EPSILONS
+    tokens = scale.second_tokens
     found = []
     for corpus in corpora:
         streamed = [
-            scale.run(f"P={p}, ε={epsilon:g}", corpus, scale.prefix(p, smoothing=epsilon))
+            scale.run(f"P={p}, ε={epsilon:g}", corpus, scale.prefix(p, smoothing=epsilon), tokens=tokens)
             for p in scale.streams[:2]
             for epsilon in epsilons
         ]
-        found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
+        found += against(scale.run("control", corpus, scale.prefix(1), tokens=tokens), streamed)
     return found
 
 
