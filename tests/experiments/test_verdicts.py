@@ -172,6 +172,8 @@ def test_data_compares_the_gains_at_least_and_most_tokens() -> None:
     found = verdict("data", rows)
     assert found.outcome == "supported"
     assert [x for x, _ in found.curves["code, P=2"]] == [-1.0, 0.0, 1.0]
+    of_equal_compute = [line["over one stream on P times the tokens"] for line in found.table]
+    assert [told.split()[0] for told in of_equal_compute] == ["+0.0500", "+0.1000", "not"]  # every control is the same
 
 
 @pytest.mark.parametrize(("kept", "outcome"), [(0.19, "undecided"), (0.1, "not supported"), (0.2, "supported")])
@@ -206,6 +208,28 @@ def test_balance_holds_the_best_remedy_against_none() -> None:
     assert found.outcome == "supported"
     assert found.reason.startswith("P=8 on code: annealed ε over no remedy +0.1")
     assert [line["monoculture"] for line in found.table] == ["3 of 3", "0 of 3", "3 of 3"]
+
+
+@pytest.mark.parametrize(("kept", "outcome"), [(0.19, "supported"), (0.1, "not supported")])
+def test_sharing_asks_for_four_fifths_of_the_own_gain(kept: float, outcome: str) -> None:
+    rows = []
+    for place in ("pretrain", "frozen"):
+        rows += seeds(f"{place}, control", *CONTROL) + seeds(f"{place}, P=4, own", *(loss - 0.2 for loss in CONTROL))
+        rows += seeds(f"{place}, P=4, shared", *(loss - kept for loss in CONTROL))
+    rows += seeds("pretrain, P=4, shared, no prefix", *CONTROL)  # a variant decides nothing
+    found = verdict("sharing", rows)
+    assert found.outcome == outcome
+    assert found.reason.startswith(f"pretrain, P=4 on code: {kept / 0.2:.0%} kept")
+    assert found.curves["code, frozen, own"] == [(4.0, pytest.approx(0.2))]
+
+
+def test_diversifiers_holds_the_best_against_the_prefix_alone() -> None:
+    of = {"stream_parameters": 7, "streams": 4, "measured": {"weights": [0.3, 0.3, 0.2, 0.2], "cosine": 0.5}}
+    rows = seeds("control", *CONTROL) + seeds("P=4, prefix", 3.0, 3.1, 3.19, **of)
+    rows += seeds("P=4, prefix+lora", 2.9, 3.0, 3.1, **of) + seeds("P=4, prefix+rank1", 3.0, 3.1, 3.2, **of)
+    found = verdict("diversifiers", rows)
+    assert found.outcome == "supported"
+    assert found.reason.startswith("on code: P=4, prefix+lora over the prefix alone +0.09")
 
 
 def test_sft() -> None:

@@ -7,6 +7,7 @@ from parscale.experiments.claims import (
     balance,
     baseline,
     data,
+    diversifiers,
     domains,
     dynamic,
     efficiency,
@@ -23,7 +24,7 @@ from parscale.experiments.claims import (
 
 MODULES = (
     baseline, aggregation, efficiency, law, many_streams, data, split, moe, smoothing, domains, prefix, dynamic, sft,
-    theory, sharing, balance,
+    theory, sharing, balance, diversifiers,
 )  # fmt: skip
 CLAIMS: dict[str, Claim] = {module.CLAIM.name: module.CLAIM for module in MODULES}
 

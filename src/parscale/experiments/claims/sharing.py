@@ -16,6 +16,7 @@ EVEN = Balance(load_balance=0.01)
 SECOND: tuple[Stage, ...] = ("retrofit", "frozen")
 P_ELSEWHERE = 4
 SIZES = 3
+UNBALANCED = "no load balance"
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -50,7 +51,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "run": name,
                     "loss": statistics.mean(row["validation_loss"] for row in by_seed(of, name).values()),
                     "gain over control": str(paired(of, name, control)),
-                    "of the own gain": "" if keys == "own" or kept is None else f"{kept:.0%}",
+                    "of the own gain": "" if name == own or kept is None else f"{kept:.0%}",
                 }
             )
             points.setdefault(place, {})[name] = (f"{place}, {keys}", float(streams.removeprefix("P=")))
@@ -66,11 +67,11 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 
 
 def _both(scale: Scale, place: str, corpus: str, counts: Sequence[int], **changes: Any) -> list[Run]:
-    """At the most streams with a load balance: without, the head picks one of them (claim `balance`), and the streams
-    of a model that uses one stream cannot be told apart by what they share."""
+    """From scratch many streams have a load balance: without one a head may pick one of them (claim `balance`), and
+    what is left of no gain says nothing of sharing."""
     found = []
     for p in counts:
-        more = changes | ({"balance": EVEN} if p == scale.streams[-1] else {})
+        more = changes | ({"balance": EVEN} if p in DECIDING and "stage" not in changes else {})
         for kv in ("own", "shared"):
             streams = scale.lora(p, **({} if kv == "own" else {"kv": kv}))
             found.append(scale.run(f"{place}, P={p}, {kv}", corpus, streams, **more))
@@ -78,8 +79,8 @@ def _both(scale: Scale, place: str, corpus: str, counts: Sequence[int], **change
 
 
 def _variants(scale: Scale, corpus: str) -> list[Run]:
-    """What the streams should have with shared keys: a prefix each (above), one for all, or none; and whether the first
-    stream may go without a LoRA."""
+    """What the streams should have with shared keys: a prefix each (above), one for all, or none; whether the first
+    stream may go without a LoRA; and what the load balance is worth."""
     bare: Any = {"diversify": ("lora",), "prefix_tokens": 0}
     variants: dict[str, Any] = {
         "one prefix": {"shared_prefix": True},
@@ -87,10 +88,14 @@ def _variants(scale: Scale, corpus: str) -> list[Run]:
         "plain first": {"plain_first": True},
         "plain first, no prefix": bare | {"plain_first": True},
     }
-    return [
-        scale.run(f"pretrain, P={P_ELSEWHERE}, shared, {name}", corpus, scale.lora(P_ELSEWHERE, kv="shared", **changes))
+    place = f"pretrain, P={P_ELSEWHERE}"
+    found = [
+        scale.run(f"{place}, shared, {name}", corpus, scale.lora(P_ELSEWHERE, kv="shared", **changes), balance=EVEN)
         for name, changes in variants.items()
     ]
+    found.append(scale.run(f"{place}, own, {UNBALANCED}", corpus, scale.lora(P_ELSEWHERE)))
+    found.append(scale.run(f"{place}, shared, {UNBALANCED}", corpus, scale.lora(P_ELSEWHERE, kv="shared")))
+    return found
 
 
 def _losses(rows: Sequence[Row], *wanted: str) -> list[tuple[float, ...]]:
