@@ -8,11 +8,14 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a file whole or not at all, and its folder if there is none."""
+    """Write a file whole or not at all, and its folder if there is none. Nothing else is left if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    return scratch.replace(path)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        return scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def print_json(value: Any) -> None:
