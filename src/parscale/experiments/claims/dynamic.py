@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
@@ -9,6 +10,9 @@ from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, comb
 from parscale.train.config import Balance
 
 MANY = 4
+RANDOM_P = Balance(fewer_streams=0.5)
+KEYS: dict[str, dict[str, Any]] = {"": {}, ", shared keys": {"kv": "shared"}}
+"""With shared ones p may change from token to token, by a schedule (docs/shared-kv.md)."""
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -16,8 +20,11 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     for corpus in corpora:
         control = scale.run("control", corpus, scale.lora(1))
         few = [scale.run(f"trained at P={p}", corpus, scale.lora(p)) for p in (2, MANY)]
-        any_p = scale.run("trained at random p", corpus, scale.lora(MANY), balance=Balance(fewer_streams=0.5))
-        found += against(control, [any_p])
+        any_p = [
+            scale.run(f"trained at random p{keys}", corpus, scale.lora(MANY, **kv), balance=RANDOM_P)
+            for keys, kv in KEYS.items()
+        ]
+        found += against(control, any_p)
         of_baseline = scale.run("control, prefix alone", corpus, scale.prefix(1))  # so that these are not run again
         found += against(of_baseline, few)
     return found
