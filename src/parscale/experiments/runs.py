@@ -147,6 +147,8 @@ class Scale:
 
 
 PLAIN = StreamsConfig(1, 0)
+EVEN = Balance(load_balance=0.01)
+"""Keeps many streams in use that are trained from scratch; without it a head may pick one of them (claim `balance`)."""
 PREFIX: dict[str, dict[str, Any]] = {"smoke": {"prefix_tokens": 8}, "cpu": {}, "gpu": {}, "paper": {}}
 
 SCALES: dict[str, Scale] = {

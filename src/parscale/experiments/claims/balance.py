@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.runs import EVEN, Run, Scale, against
 from parscale.experiments.verdicts import (
     Gain,
     Row,
@@ -25,7 +25,6 @@ FREE = "no remedy"
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     """All remedies at the most streams of the scale, where a learned head picks one soonest; one of them at every P."""
     most = scale.streams[-1]
-    even = Balance(load_balance=0.01)
     remedies = {
         "annealed ε": Balance(smoothing_start=1.0),
         "entropy floor": Balance(entropy_floor=most / 2),
@@ -37,7 +36,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         streamed = []
         for p in scale.streams:
             streamed.append(scale.run(f"P={p}, {FREE}", corpus, scale.lora(p)))
-            streamed.append(scale.run(f"P={p}, load balance", corpus, scale.lora(p), balance=even))
+            streamed.append(scale.run(f"P={p}, load balance", corpus, scale.lora(p), balance=EVEN))
         streamed += [
             scale.run(f"P={most}, {name}", corpus, scale.lora(most), balance=b) for name, b in remedies.items()
         ]

@@ -1,6 +1,6 @@
 """Does the gain hold as the training tokens grow? (the paper's second open question)
 
-The most streams are trained on the most tokens alone: they cost the most.
+The most streams are trained on the most tokens alone, for they cost the most, and with a load balance, for they need it.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.runs import EVEN, Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names, paired
 
 FACTORS = (0.125, 0.25, 0.5, 1.0)
@@ -20,12 +20,12 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     for corpus in corpora:
         for factor in FACTORS[2:] if scale.name == "smoke" else FACTORS:
             tokens = max(2, round(factor * scale.tokens / step)) * step
-            most = factor == FACTORS[-1]
-            streamed = [
-                scale.run(f"P={p}, {factor:g} × tokens", corpus, scale.lora(p), tokens=tokens)
-                for p in (scale.streams if most else scale.streams[:2])
-            ]
-            control = scale.run(f"control, {factor:g} × tokens", corpus, scale.prefix(1), tokens=tokens)
+            name = f"{factor:g} × tokens"
+            streamed = [scale.run(f"P={p}, {name}", corpus, scale.lora(p), tokens=tokens) for p in scale.streams[:2]]
+            if factor == FACTORS[-1]:
+                most = scale.streams[2:]
+                streamed += [scale.run(f"P={p}, {name}", corpus, scale.lora(p), balance=EVEN) for p in most]
+            control = scale.run(f"control, {name}", corpus, scale.prefix(1), tokens=tokens)
             found += against(control, streamed)
     return found
 

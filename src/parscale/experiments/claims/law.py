@@ -7,10 +7,11 @@ import numpy as np
 
 from parscale.errors import InputError
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.runs import EVEN, Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine
 from parscale.law.compare import compare
 from parscale.law.fit import bootstrap, fit
+from parscale.train.config import Balance
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -18,9 +19,9 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     found = []
     for corpus in corpora:
         for size in scale.sizes:
-            make = scale.prefix if scale.name == "paper" else scale.lora
+            make, balance = (scale.prefix, Balance()) if scale.name == "paper" else (scale.lora, EVEN)
             control = scale.run(f"{size}, P=1", corpus, make(1), model=size)
-            streamed = [scale.run(f"{size}, P={p}", corpus, make(p), model=size) for p in streams]
+            streamed = [scale.run(f"{size}, P={p}", corpus, make(p), model=size, balance=balance) for p in streams]
             found += against(control, streamed)
     return found
 

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.runs import EVEN, Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, gain_points, names, paired
-from parscale.train.config import Balance, Stage
+from parscale.train.config import Stage
 
 KEPT = 0.8
 DECIDING = (4, 8)
 """The P at which the claim is decided."""
-EVEN = Balance(load_balance=0.01)
 SECOND: tuple[Stage, ...] = ("retrofit", "frozen")
 P_ELSEWHERE = 4
 SIZES = 3
