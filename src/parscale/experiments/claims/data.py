@@ -1,6 +1,6 @@
 """Does the gain hold as the training tokens grow? (the paper's second open question)
 
-The most streams are trained on the most tokens alone, for they cost the most, and with a load balance, for they need it.
+The most streams are trained on the most tokens alone, for they cost the most; and with a load balance, which they need.
 """
 
 from collections.abc import Sequence
