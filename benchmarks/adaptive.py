@@ -1,9 +1,10 @@
 """A p for every token: the loss for each share of hard tokens, and what they cost.
 
-    parscale train retrofit --model BASE --output m --streams 4 --diversify prefix lora --kv shared
+    parscale train pretrain --output m --streams 4 --diversify prefix lora --kv shared --fewer-streams 0.5
     python benchmarks/adaptive.py m
 
-MODEL has streams that share keys and values. A row: the entropy above which a token is hard, the share of hard tokens,
+MODEL has streams that share keys and values, and was trained at fewer of them too (`--fewer-streams`): else its first
+stream alone is no model. A row: the entropy above which a token is hard, the share of hard tokens,
 the loss in nats, and the passes of one stream that a token takes on average (1 for an easy one, 1 + P for a hard one).
 """
 
