@@ -6,7 +6,7 @@ needed to decide; below that a claim is undecided, whatever the numbers.
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -133,18 +133,23 @@ def over_control(rows: Sequence[Row], control: str = "control") -> list[Row]:
     table = []
     for corpus, of_corpus in by_corpus(rows).items():
         for name in names(of_corpus):
-            losses = [loss(row) for row in by_seed(of_corpus, name).values()]
+            seen = by_seed(of_corpus, name).values()
             gain = paired(of_corpus, name, control)
             table.append(
                 {
                     "text": corpus,
                     "run": name,
-                    "seeds": len(losses),
-                    "loss": statistics.mean(losses),
+                    "seeds": len(seen),
+                    "loss": mean_loss(seen),
                     "gain over control": "" if name == control else str(gain),
                 }
             )
     return table
+
+
+def mean_loss(rows: Iterable[Row]) -> float:
+    """Of a run, over its seeds."""
+    return statistics.mean(loss(row) for row in rows)
 
 
 def largest_weight(row: Row) -> float:

@@ -8,8 +8,6 @@ from parscale.experiments.runs import EVEN, Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, names, paired
 from parscale.train.config import Balance
 
-WAYS = {"prefix": "the paper's streams", "prefix+lora": "streams with a LoRA each"}
-
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     """The learned weights with a load balance, which is how they start best (claim `balance`); a mean needs none."""

@@ -1,6 +1,5 @@
 """What keeps many streams in use, and is it worth loss?"""
 
-import statistics
 from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
@@ -14,6 +13,7 @@ from parscale.experiments.verdicts import (
     combine,
     gain_points,
     imbalance,
+    mean_loss,
     names,
     paired,
 )
@@ -60,7 +60,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 {
                     "text": corpus,
                     "run": name,
-                    "loss": statistics.mean(row["validation_loss"] for row in seen),
+                    "loss": mean_loss(seen),
                     "gain over control": str(paired(of, name, "control")),
                     "gain over no remedy": "" if remedy == FREE else str(over_none),
                 }

@@ -6,7 +6,18 @@ from typing import Any
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import EVEN, Run, Scale, against
-from parscale.experiments.verdicts import Gain, Row, Verdict, by_corpus, by_seed, combine, imbalance, names, paired
+from parscale.experiments.verdicts import (
+    Gain,
+    Row,
+    Verdict,
+    by_corpus,
+    by_seed,
+    combine,
+    imbalance,
+    mean_loss,
+    names,
+    paired,
+)
 
 P = 4
 PREFIX = f"P={P}, prefix"
@@ -41,7 +52,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 {
                     "text": corpus,
                     "run": name,
-                    "loss": statistics.mean(row["validation_loss"] for row in seen),
+                    "loss": mean_loss(seen),
                     "gain over control": str(paired(of, name, "control")),
                     "gain over the prefix alone": "" if name == PREFIX else str(gain),
                     "parameters of the streams": seen[0]["stream_parameters"],

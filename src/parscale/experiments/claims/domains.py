@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from parscale.config import StreamsConfig
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, names, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, mean_loss, names, paired
 from parscale.train.prepare import FORGETTING
 from parscale.train.shapes import SHAPES
 
@@ -53,7 +53,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 {
                     "domain": domain,
                     "run": name,
-                    "loss": statistics.mean(row["validation_loss"] for row in seen),
+                    "loss": mean_loss(seen),
                     "before": statistics.mean(row["start_loss"] for row in seen),
                     "gain over control": "" if name == "control" else str(paired(of, name, "control")),
                     "loss at home rises by": statistics.mean(home),

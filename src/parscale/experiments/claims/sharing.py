@@ -1,12 +1,22 @@
 """What is left of the gain when all streams attend to the keys and values of the first one?"""
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import EVEN, Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, gain_points, names, paired
+from parscale.experiments.verdicts import (
+    Row,
+    Verdict,
+    by_corpus,
+    by_seed,
+    combine,
+    gain_of,
+    gain_points,
+    mean_loss,
+    names,
+    paired,
+)
 from parscale.train.config import Stage
 
 KEPT = 0.8
@@ -48,7 +58,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 {
                     "text": corpus,
                     "run": name,
-                    "loss": statistics.mean(row["validation_loss"] for row in by_seed(of, name).values()),
+                    "loss": mean_loss(by_seed(of, name).values()),
                     "gain over control": str(paired(of, name, control)),
                     "of the own gain": "" if name == own or kept is None else f"{kept:.0%}",
                 }

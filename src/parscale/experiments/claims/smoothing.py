@@ -1,6 +1,5 @@
 """Does ε keep the weights balanced, and does it cost loss?"""
 
-import statistics
 from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
@@ -13,6 +12,7 @@ from parscale.experiments.verdicts import (
     combine,
     imbalance,
     largest_weight,
+    mean_loss,
     names,
     paired,
 )
@@ -46,7 +46,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "text": corpus,
                     "run": name,
                     "seeds": len(seen),
-                    "loss": statistics.mean(row["validation_loss"] for row in seen),
+                    "loss": mean_loss(seen),
                 }
                 | imbalance(seen)
                 | {"skipped steps": sum(row["skipped_steps"] for row in seen)}

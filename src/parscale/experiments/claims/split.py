@@ -5,7 +5,17 @@ from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names, over_control
+from parscale.experiments.verdicts import (
+    Row,
+    Verdict,
+    by_corpus,
+    by_seed,
+    combine,
+    gain_of,
+    mean_loss,
+    names,
+    over_control,
+)
 
 P = 4
 SHARES = (0.1, 0.25, 0.5, 0.75)
@@ -36,9 +46,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     for corpus, of in by_corpus(rows).items():
         control, scratch = by_seed(of, "control"), by_seed(of, "share 1")
         for name in sorted((n for n in names(of) if n.startswith("share")), key=lambda n: float(n.split()[1])):
-            curves.setdefault(corpus, []).append(
-                (float(name.split()[1]), statistics.mean(row["validation_loss"] for row in by_seed(of, name).values()))
-            )
+            curves.setdefault(corpus, []).append((float(name.split()[1]), mean_loss(by_seed(of, name).values())))
         shares = [x for x, _ in curves.get(corpus, []) if x < 1]
         if not shares:
             continue
