@@ -157,7 +157,7 @@ SCALES: dict[str, Scale] = {
         text_tokens=100_000, lora_rank=2, validation_blocks=16, evaluations=1,
     ),
     "cpu": Scale(
-        "cpu", "pico", ("2x24x2", "pico", "2x48x3", "nano", "3x96x4"), 512, 128, 16,
+        "cpu", "pico", ("2x16x2", "2x24x2", "pico", "2x48x3", "nano"), 512, 128, 16,
         800 * 2048, 2400 * 2048, 600 * 2048, (2, 4, 8), learning_rate=2e-2, stream_learning_rate=2e-2,
     ),
     "gpu": Scale(

@@ -20,7 +20,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     for corpus in corpora:
         for size in scale.sizes:
             make, balance = (scale.prefix, Balance()) if scale.name == "paper" else (scale.lora, EVEN)
-            control = scale.run(f"{size}, P=1", corpus, make(1), model=size)
+            control = scale.run(f"{size}, P=1", corpus, scale.prefix(1), model=size)
             streamed = [scale.run(f"{size}, P={p}", corpus, make(p), model=size, balance=balance) for p in streams]
             found += against(control, streamed)
     return found

@@ -15,7 +15,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     found = []
     for corpus in corpora:
         streamed = [scale.run(f"P={p}", corpus, scale.lora(p), balance=EVEN) for p in counts]
-        found += against(scale.run("control", corpus, scale.lora(1)), streamed)
+        found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found
 
 

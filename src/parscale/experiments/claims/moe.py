@@ -3,22 +3,24 @@
 from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.runs import EVEN, Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, paired
 
-SHAPE = {"smoke": "2x32x2", "cpu": "2x32x2", "gpu": "6x256x4"}
-EXPERTS = 8
+SHAPES = {"smoke": ("pico", "2x32x2e8"), "cpu": ("pico", "2x32x2e8"), "gpu": ("mini", "6x256x4e8")}
+"""Dense and sparse, of equal active parameters."""
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     """None at the paper's scale: it has no sparse models."""
-    if scale.name not in SHAPE:
+    if scale.name not in SHAPES:
         return []
     found = []
     for corpus in corpora:
-        for kind, model in (("dense", SHAPE[scale.name]), ("sparse", f"{SHAPE[scale.name]}e{EXPERTS}")):
+        for kind, model in zip(("dense", "sparse"), SHAPES[scale.name], strict=True):
             control = scale.run(f"{kind}, control", corpus, scale.prefix(1), model=model)
-            streamed = [scale.run(f"{kind}, P={p}", corpus, scale.prefix(p), model=model) for p in scale.streams[:2]]
+            streamed = [
+                scale.run(f"{kind}, P={p}", corpus, scale.lora(p), model=model, balance=EVEN) for p in scale.streams[:2]
+            ]
             found += against(control, streamed)
     return found
 

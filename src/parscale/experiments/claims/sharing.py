@@ -24,7 +24,7 @@ DECIDING = (4, 8)
 """The P at which the claim is decided."""
 SECOND: tuple[Stage, ...] = ("retrofit", "frozen")
 P_ELSEWHERE = 4
-SIZES = 3
+SIZES = 4
 UNBALANCED = "no load balance"
 
 

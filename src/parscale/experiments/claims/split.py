@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.runs import EVEN, Run, Scale, against
 from parscale.experiments.verdicts import (
     Row,
     Verdict,
@@ -28,8 +28,10 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     found = []
     for corpus in corpora:
         whole = P * scale.tokens // step
-        control = scale.run("control", corpus, scale.lora(1), tokens=whole * step)
-        streamed = [scale.run("share 1", corpus, scale.lora(P))]
+        as_long = scale.run("control, tokens of share 1", corpus, scale.prefix(1))
+        found += against(as_long, [scale.run("share 1", corpus, scale.lora(P), balance=EVEN)])
+        control = scale.run("control", corpus, scale.prefix(1), tokens=whole * step)
+        streamed = []
         for share in SHARES[1:3] if scale.name == "smoke" else SHARES:
             second = max(1, round(share * whole / P))
             base = scale.base(corpus, tokens=(whole - P * second) * step)

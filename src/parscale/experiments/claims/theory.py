@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.runs import EVEN, Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, loss
+from parscale.train.config import Balance
 
 RESAMPLES = 10_000
 LEAST = 6
@@ -17,9 +18,9 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     found = []
     for corpus in corpora:
         streamed = [
-            scale.run(f"P={p}, {way}", corpus, make(p))
+            scale.run(f"P={p}, {way}", corpus, make(p), balance=balance)
             for p in scale.streams
-            for way, make in (("prefix", scale.prefix), ("prefix+lora", scale.lora))
+            for way, make, balance in (("prefix", scale.prefix, Balance()), ("prefix+lora", scale.lora, EVEN))
         ]
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found
