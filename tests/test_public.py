@@ -10,6 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import parscale
+from parscale.streams.families import REGISTERED
+from tests.small import build, with_streams
 
 SOURCE = Path(parscale.__file__).parent
 
@@ -27,6 +29,8 @@ import sys
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 before = set(sys.modules)
 import parscale
+from parscale.streams.families import REGISTERED
+from tests.small import build, with_streams
 print([m for m in {heavy} if m in set(sys.modules) - before])
 """
     assert python(code) == "[]"
@@ -80,6 +84,13 @@ def test_law_and_cost_model_need_no_torch() -> None:
     for file in [*SOURCE.glob("law/*.py"), SOURCE / "cost/model.py"]:
         if file.exists():
             assert not {"torch", "transformers"} & {m.split(".")[0] for m in imported(file)}, file
+
+
+def test_the_command_line_loads_families_that_are_not_registered(tmp_path: Path) -> None:
+    assert "olmo2" not in REGISTERED
+    with_streams(build("olmo2")).save_pretrained(tmp_path)
+    code = f"from parscale.load import load_model; print(load_model({str(tmp_path)!r}).streams)"
+    assert python(code) == "4"
 
 
 def imported(file: Path) -> set[str]:

@@ -26,7 +26,7 @@ def demo(
     streams: tuple[int, ...] = (2, 4),
     seed: int = 0,
 ) -> None:
-    """Watch a small model gain from parallel streams on real text, against the control: ten minutes on two CPU cores.
+    """Watch a small model gain from parallel streams on real text, against the control: four minutes on two CPU cores.
 
     Args:
         out: folder for the models, demo.json and report.html; it must not hold anything yet.

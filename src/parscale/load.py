@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from parscale.errors import InputError
 from parscale.streams.checkpoint import MANIFEST, load_streams
+from parscale.streams.families import SUFFIX, register_family
 
 LORA = "adapter_config.json"
 """What `peft` calls the settings of a LoRA in its folder."""
 
 
 def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained`, safetensors only and no remote code.
+    """`AutoModelForCausalLM.from_pretrained`, safetensors only and no remote code, for streams on any family.
 
     A folder of adapters is loaded onto the base that it names: a LoRA of `peft` is merged into its weights, or put on
     where they are quantised, and the streams beside it are put on. `quantize` holds the backbone in "int8" or "int4":
@@ -30,8 +31,11 @@ def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> A
     if not (folder / "config.json").exists() and any((folder / file).exists() for file in (MANIFEST, LORA)):
         return _load_adapters(folder, quantize, options)
     try:
+        family = str(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
+        if family.endswith(SUFFIX):
+            register_family(family.removesuffix(SUFFIX))
         return AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, **_quantization(quantize), **options
+            name, use_safetensors=True, trust_remote_code=False, **options | _quantization(quantize)
         )
     except InputError:
         raise

@@ -81,5 +81,7 @@ def test_a_pilot_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     again = run_pilot(base, data=data, minutes=5, out=out, block_size=32, batch_size=8)
     assert [entry["loss"] for entry in again["rows"]] == [entry["loss"] for entry in record["rows"]]
     assert again["steps"] == record["steps"]  # what has ended is not run again
+    with pytest.raises(InputError, match=r"holds a pilot with data=.*give another out"):
+        run_pilot(base, data=(*data, *data), out=out, block_size=32)
     with pytest.raises(InputError, match="not an empty folder"):
         run_pilot(base, data=data, out=tmp_path / "base")

@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,15 @@ def test_a_finished_run_is_not_trained_again(noisy, short, tmp_path, text: Packe
     first = train(config)
     weights = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
     assert train(config) == first
+    assert train(replace(config, keep=7)) == first  # changes no weight
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == weights
+
+
+def test_a_finished_run_is_not_given_back_for_another(noisy, short, tmp_path) -> None:
+    config = run_of(tmp_path / "out", short, model=str(noisy), resume=True)
+    train(config)
+    with pytest.raises(InputError, match=r"has ended, with weight_decay=0\.1 instead of 0\.2; give another output"):
+        train(replace(config, weight_decay=0.2))
 
 
 def test_a_checkpoint_holds_no_pickle(stopped: Path) -> None:

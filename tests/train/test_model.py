@@ -95,6 +95,17 @@ def test_a_lora_alone_without_streams(base: Path, text: PackedText, ids: Tensor,
     assert not torch.equal(logits(load_model(tmp_path / "out"), ids), logits(load_model(base), ids))
 
 
+def test_a_model_of_half_precision_trains_in_float32_unless_told(base: Path, text: PackedText, tmp_path: Path) -> None:
+    load_model(base).bfloat16().save_pretrained(tmp_path / "half")
+    load_tokenizer(base).save_pretrained(tmp_path / "half")
+    assert load_model(tmp_path / "half").dtype == torch.bfloat16
+    for dtype in ("float32", "bfloat16"):
+        config = run("retrofit", tmp_path / dtype, model=str(tmp_path / "half"), streams=STREAMS, dtype=dtype)
+        train(config, data=text)
+        saved = load_file(tmp_path / dtype / "model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {getattr(torch, dtype)}
+
+
 def test_training_goes_on_from_streams_and_lora(with_lora: Path, text: PackedText, tmp_path: Path) -> None:
     before = json.loads((with_lora / "train.json").read_text())["result"]["validation_loss"]
     result = train(run("frozen", tmp_path / "more", model=str(with_lora)), data=text)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from parscale.config import StreamsConfig
+from parscale.errors import InputError
 from parscale.probe import probe_streams
 from parscale.train.data import PackedText
 from parscale.train.trainer import train
@@ -57,6 +58,14 @@ def test_one_stream_with_all_the_weight_raises_the_alarm() -> None:
     assert seen is not None
     assert as_logs(seen)["streams/monoculture"] == 1
     assert any("weight monoculture" in alarm for alarm in watch.alarms(seen, 1))
+
+
+def test_a_logger_that_is_not_there_is_told_before_any_work(base: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("parscale.train.trainer.find_spec", lambda name: None)
+    config = run("frozen", tmp_path / "out", model=str(base), streams=StreamsConfig(2, 4), report_to="wandb")
+    with pytest.raises(InputError, match="report_to='wandb' needs a package: pip install wandb"):
+        train(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_writes_event_files_and_the_alarm(base: Path, text: PackedText, tmp_path: Path, capsys) -> None:

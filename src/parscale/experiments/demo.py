@@ -1,4 +1,4 @@
-"""The main claim in ten minutes: a small model gains from parallel streams on real text, against the honest control.
+"""The main claim in minutes: a small model gains from parallel streams on real text, against the honest control.
 
 Pretrains a plain base, then gives it stage 2 several times with the same tokens in the same order: P=1 with the
 streams' prefix (the control), P=1 with as many LoRA parameters as the most streams have (what the parameters alone do),

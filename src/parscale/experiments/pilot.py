@@ -85,7 +85,7 @@ def run_pilot(
     tokenizer = load_tokenizer(name)
     text = load_text(list(data), tokenizer=tokenizer, block_size=block_size, validation_fraction=HELD_OUT)
     runs = _runs(name)
-    steps = _plan(name, text, runs, minutes, out, batch_size)
+    steps = _plan(name, data, text, runs, minutes, out, batch_size)
     held_out = split_documents(read_documents(list(data)), HELD_OUT)[1]
     losses, results = {}, {}
     for folder, (label, streams) in zip(("control", "p2", "p4", "lora"), runs.items(), strict=True):
@@ -182,16 +182,26 @@ def _parameters(name: str, streams: StreamsConfig) -> int:
 
 
 def _plan(
-    name: str, text: PackedText, runs: Mapping[str, StreamsConfig], minutes: float, out: Path, batch_size: int
+    name: str,
+    data: Sequence[str],
+    text: PackedText,
+    runs: Mapping[str, StreamsConfig],
+    minutes: float,
+    out: Path,
+    batch_size: int,
 ) -> int:
     """Steps of each run, so that all together take the minutes; decided once, so that a stopped pilot goes on."""
-    file = out / PLAN
+    file, asked = out / PLAN, {"model": name, "data": list(data)}
     if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))["steps"]
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        for what, ours in asked.items():
+            if plan[what] != ours:
+                raise InputError(f"out={out} holds a pilot with {what}={plan[what]!r}, not {ours!r}; give another out")
+        return plan["steps"]
     total = sum(_seconds_of_a_step(name, text, streams, batch_size) for streams in runs.values())
     evaluating = (EVALUATIONS + 1) * EVALUATION_BLOCKS / batch_size / 3  # in steps, of which a forward pass is a third
     steps = min(MOST_STEPS, max(LEAST_STEPS, int(60 * minutes / (OVERHEAD * total) - evaluating)))
-    write_text(file, json.dumps({"steps": steps, "minutes": minutes}))
+    write_text(file, json.dumps(asked | {"steps": steps, "minutes": minutes}))
     return steps
 
 

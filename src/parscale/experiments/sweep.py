@@ -33,7 +33,7 @@ from parscale.train.data import PackedText, load_text, sample
 from parscale.train.faults import catching_sigterm
 from parscale.train.prepare import FORGETTING
 from parscale.train.sft import load_chats
-from parscale.train.trainer import RECORD, TrainResult, train
+from parscale.train.trainer import RECORD, TrainResult, finished_run, train
 
 Corpora = Mapping[str, tuple[str, ...]]
 FIXED: dict[str, Any] = {"weight_decay": 0.1, "schedule": "wsd", "warmup": 0.05, "gradient_clip": 1.0}
@@ -146,7 +146,8 @@ def perform(task: Task) -> dict[str, Any]:
     run = task.run
     text = _text_of(task)
     start = task.needs()[0].folder if run.start is not None else None
-    result = train(
+    # its key tells which run it is; the text may have moved since
+    result = finished_run(task.folder) or train(
         TrainConfig(
             run.stage,
             task.folder,

@@ -38,10 +38,11 @@ from parscale.train.parallel import processes
 PREFIX, SCRATCH = "checkpoint-", ".checkpoint.partial"
 """How a complete checkpoint is called, with its step, and one that is being written."""
 _RUN, _PROGRESS = "run.json", "progress.json"
-_MAY_CHANGE = (
+MAY_CHANGE = (
     "output", "batch_size", "save_every", "keep", "resume", "max_skipped", "stream_parallel", "report_to", "cache_dir",
     "control",
 )  # fmt: skip
+"""Settings that a run may be gone on with in another way: they change no weight."""
 
 
 class Checkpoints:
@@ -170,7 +171,7 @@ def load_random_state(folder: Path) -> None:
 
 def run_of(config: TrainConfig, data: PackedText, model: Any) -> dict[str, Any]:
     """What makes a run this one and no other. Where it runs, and how often it saves and logs, may change on the way."""
-    settings = {name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE}
+    settings = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     groups = processes() // config.stream_parallel
     return settings | {
         "sequences in a step": config.batch_size * groups,

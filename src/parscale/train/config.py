@@ -143,6 +143,8 @@ class TrainConfig:
         peft: lora: train a LoRA of the backbone instead of its weights.
         peft_rank: rank of that LoRA.
         quantize: frozen, or with a LoRA: hold the backbone's weights in 8 or 4 bits (CPU: torchao; GPU: bitsandbytes).
+        dtype: of a loaded model's weights while they train, and as they are saved. bfloat16 takes half the memory, and
+            rounds small steps away. Weights from scratch are float32; with quantize what trains is bfloat16.
         evaluations: how often to measure the validation loss, evenly spread; the last is at the end.
         validation_blocks: sequences to measure it on, at most.
         smooth_validation: share of the past in the running mean of the validation loss.
@@ -189,6 +191,7 @@ class TrainConfig:
     peft: Literal["none", "lora"] = "none"
     peft_rank: int = 8
     quantize: Literal["none", "int8", "int4"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     evaluations: int = 4
     validation_blocks: int = 256
     smooth_validation: float = 0.5

@@ -39,7 +39,7 @@ def model_of(config: TrainConfig, tokenizer: Any, calibration: torch.Tensor) -> 
     if config.stage == "pretrain":
         model: Any = build(config.model, tokenizer, config.block_size)
     else:
-        model = load_model(config.model, quantize=config.quantize)
+        model = load_model(config.model, quantize=config.quantize, dtype=getattr(torch, config.dtype))
         _check_quantized(model, config)
         check_vocabulary(model.config.vocab_size, tokenizer, config.model)
     _give_streams(model, config, calibration)

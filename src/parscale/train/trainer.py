@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from parscale.load import first_line
 from parscale.probe import StreamProbe
 from parscale.streams.backbone import has_streams, streams_of
 from parscale.train.balance import StreamBalance
-from parscale.train.checkpoints import PREFIX, SCRATCH, Checkpoints, run_of
+from parscale.train.checkpoints import MAY_CHANGE, PREFIX, SCRATCH, Checkpoints, run_of
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, sample
 from parscale.train.faults import FaultTolerance, catching_sigterm, command_to_resume
@@ -214,7 +215,11 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
         InputError: bad text, model, folder or settings; nothing is left half-written.
     """
     check_launch(config)
-    if config.resume and (finished := _finished(config.output)) is not None:
+    if config.report_to != "none" and find_spec(config.report_to) is None:
+        raise InputError(f"report_to={config.report_to!r} needs a package: pip install {config.report_to}")
+    if config.resume and (finished := finished_run(config.output)) is not None:
+        _check_same(config)
+        say(f"{config.output} holds a run that has ended; nothing is left to do")
         return finished
     if is_first_process():
         check_output(config.output, resume=config.resume)
@@ -387,13 +392,21 @@ def _arguments(config: TrainConfig, steps: int, starting: bool, make: Callable[.
     )
 
 
-def _finished(output: Path) -> TrainResult | None:
-    """What a run gave that ended already; None if it did not."""
-    record = output / RECORD
-    if not record.is_file():
-        return None
-    say(f"{output} holds a run that has ended; nothing is left to do")
-    return TrainResult(**json.loads(record.read_text(encoding="utf-8"))["result"])
+def finished_run(output: Path) -> TrainResult | None:
+    """What the run in a folder gave, if it has ended."""
+    file = output / RECORD
+    return TrainResult(**json.loads(file.read_text(encoding="utf-8"))["result"]) if file.is_file() else None
+
+
+def _check_same(config: TrainConfig) -> None:
+    """Refuse the folder of a run that has ended and was another one than is asked for."""
+    theirs = json.loads((config.output / RECORD).read_text(encoding="utf-8"))["config"]
+    for name, ours in _plain(asdict(config)).items():
+        if name not in MAY_CHANGE and name in theirs and theirs[name] != ours:
+            raise InputError(
+                f"output={config.output} holds a run that has ended, with {name}={theirs[name]!r} instead of {ours!r}; "
+                "give another output"
+            )
 
 
 @contextmanager
@@ -416,7 +429,8 @@ def _check_stopped(trainer: StreamsTrainer) -> None:
         step, steps = trainer.state.global_step, trainer.state.max_steps
         if trainer.is_world_process_zero():
             saved = f"stopped by SIGTERM after step {step} of {steps}, saved in {newest}"
-            say(f"{saved}; resume with: {command_to_resume()}")
+            alone = f"resume with: {command_to_resume()}"
+            say(f"{saved}; {alone if processes() == 1 else 'to go on, start it as before, with --resume'}")
         raise SystemExit(0)
     raise InputError(
         f"{trainer.stopped_by}; stopped, with the weights before them saved in {newest}. Lower the learning rates, or "

@@ -10,9 +10,9 @@ from parscale.probe import StreamProbe, probe_streams
 from parscale.streams.backbone import has_streams
 
 ADVICE = {
-    "stream collapse": "P streams are no better than one; start them further apart (prefix_init='normal', "
-    "diversify with embedding or lora) or raise stream_learning_rate",
-    "weight monoculture": "one stream gets nearly all the weight; raise smoothing, or start the streams further apart",
+    "stream collapse": "P streams are no better than one; tell them apart with more than a prefix (diversify with lora "
+    "or rank1), or raise stream_learning_rate",
+    "weight monoculture": "one stream gets nearly all the weight; train with load_balance=0.01",
 }
 """What helps against each failure that a probe's verdict may name."""
 
