@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from parscale.errors import InputError
 from parscale.load import load_tokenizer
+from parscale.train.checkpoints import Checkpoints
 from parscale.train.data import PackedText
+from parscale.train.faults import FaultTolerance
 from parscale.train.trainer import StreamsTrainer, train
+from tests.small import VOCABULARY, build
 from tests.train import processes
 from tests.train.children import (
     run_of,
@@ -216,6 +219,29 @@ def test_a_finished_run_is_not_given_back_for_another(noisy, short, tmp_path) ->
     train(config)
     with pytest.raises(InputError, match=r"has ended, with weight_decay=0\.1 instead of 0\.2; give another output"):
         train(replace(config, weight_decay=0.2))
+
+
+class PlainTrainer(FaultTolerance, Trainer):
+    """Any Trainer, as docs/faults.md has it."""
+
+
+def test_any_trainer_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    def trained(output: Path) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, VOCABULARY, (32, 8))]
+        settings = {"max_steps": 8, "save_steps": 3, "per_device_train_batch_size": 4, "report_to": "none"}
+        arguments = TrainingArguments(str(output), disable_tqdm=True, use_cpu=True, **settings)
+        checkpoints = Checkpoints(output, run={"data": "random"})
+        trainer = PlainTrainer(build("llama"), arguments, train_dataset=rows, checkpoints=checkpoints)
+        newest = checkpoints.resume()
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        return list(trainer.model.parameters())
+
+    whole = trained(tmp_path / "whole")
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "stopped" / "checkpoint-3")
+    for ours, theirs in zip(trained(tmp_path / "stopped"), whole, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_checkpoint_holds_no_pickle(stopped: Path) -> None:

@@ -62,7 +62,7 @@ def evaluate(
 
     Args:
         name: folder or hub name of a model, with or without streams.
-        data: texts, each scored by itself, all of it and not a held-out part.
+        data: texts, each scored by itself; nothing of them is held out.
         streams: run so many of the model's streams; by default all.
         block_size: longer documents are read in pieces of so many tokens, each without what stood before.
         tokens: of each text at most, in the order of the documents' hashes.

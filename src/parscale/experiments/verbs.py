@@ -72,7 +72,7 @@ def evaluate(
 
     Args:
         model: a folder or a hub name, with or without streams.
-        data: texts: loss, perplexity and bits per byte of each, all of it, with an interval over documents. By default
+        data: texts: loss, perplexity and bits per byte of each, with an interval over documents. By default
             this Python's own standard library.
         tasks: benchmarks of lm-evaluation-harness, by name, or YAML files of your own. Instead of data.
         code: JSON lines of problems as HumanEval or MBPP has them: pass@k. Instead of data; needs --execute.

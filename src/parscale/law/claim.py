@@ -68,7 +68,7 @@ def claim_ratios(
 
 
 def claim() -> dict[str, Any]:
-    """`memory_ratio` and `latency_ratio` of the headline, `assumptions`, `variants` (rows of what else the same data
+    """`memory_ratio` and `latency_ratio` of the headline, `assumptions`, `costs` that it compares, `variants` (rows of what else the same data
     give when one assumption changes) and `sentence`, when the claim holds and when it does not."""
     headline = claim_ratios()
     variants = [_row(name, ratios) for name, ratios in _variants()]
@@ -77,6 +77,7 @@ def claim() -> dict[str, Any]:
         "latency_ratio": headline.latency,
         "rival_params": headline.rival_params,
         "assumptions": list(ASSUMPTIONS),
+        "costs": [_cost_row(name, p) for name, p in ((BASE, 1), (BASE, STREAMS), ("2.8B", 1), ("4.4B", 1))],
         "variants": variants,
         "sentence": _sentence(headline),
     }
@@ -96,8 +97,14 @@ def report_claim(as_json: bool, plot: Path | None) -> None:
     for line in result["assumptions"]:
         print(f"  - {line}")
     print()
+    print_table("what is compared", result["costs"])
     print_table("the same with one assumption changed", result["variants"])
     print(result["sentence"])
+
+
+def _cost_row(name: str, streams: int) -> dict[str, Any]:
+    memory, latency = _mean_cost(name, Workload(streams=streams), LENGTHS)
+    return {"model": name, "P": streams, "memory, GiB": float(memory), "latency, s": float(latency)}
 
 
 def draw_claim(path: str | Path) -> Path:
