@@ -68,8 +68,8 @@ def claim_ratios(
 
 
 def claim() -> dict[str, Any]:
-    """`memory_ratio` and `latency_ratio` of the headline, `assumptions`, `costs` that it compares, `variants` (rows of what else the same data
-    give when one assumption changes) and `sentence`, when the claim holds and when it does not."""
+    """`memory_ratio` and `latency_ratio` of the headline, `assumptions`, the `costs` that it compares, `variants` (rows
+    of what else the same data give when one assumption changes) and `sentence`, when the claim holds and when not."""
     headline = claim_ratios()
     variants = [_row(name, ratios) for name, ratios in _variants()]
     return {
