@@ -52,8 +52,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         few = min(len(by_seed(of, name)) for name in names(of)) < SEEDS or len(np.unique(law.runs.size)) < SIZES
         outcomes.append("undecided" if few else "supported" if low > 0 and best else "not supported")
         said.append(
-            f"{corpus}: k = {law.k:.3f} [{low:.3f}, {high:.3f}], R² = {law.r2:.3f}; with the streams' own parameters in "
-            f"N k = {with_own.k:.3f}. {comparison.verdict}"
+            f"{corpus}: k = {law.k:.3f} [{low:.3f}, {high:.3f}], R² = {law.r2:.3f}; with the streams' own parameters "
+            f"in N k = {with_own.k:.3f}. {comparison.verdict}"
         )
         for rival in comparison.rivals:
             table.append(
