@@ -149,6 +149,7 @@ class Scale:
 PLAIN = StreamsConfig(1, 0)
 EVEN = Balance(load_balance=0.01)
 """Keeps many streams in use that are trained from scratch; without it a head may pick one of them (claim `balance`)."""
+MANY = 4
 PREFIX: dict[str, dict[str, Any]] = {"smoke": {"prefix_tokens": 8}, "cpu": {}, "gpu": {}, "paper": {}}
 
 SCALES: dict[str, Scale] = {
@@ -169,6 +170,11 @@ SCALES: dict[str, Scale] = {
         10**12, 42 * 10**9, 42 * 10**9, (2, 4, 8), text_tokens=10**12,
     ),
 }  # fmt: skip
+
+
+def even(streams: int) -> Balance:
+    """What so many streams start with from scratch: two need no load balance, and end higher with one (LOG.md)."""
+    return EVEN if streams >= MANY else Balance()
 
 
 def against(control: Run, runs: list[Run]) -> list[Run]:

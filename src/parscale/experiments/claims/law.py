@@ -11,11 +11,10 @@ import numpy as np
 
 from parscale.errors import InputError
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import EVEN, Run, Scale, against
+from parscale.experiments.runs import Run, Scale, against, even
 from parscale.experiments.verdicts import SEEDS, Row, Verdict, by_corpus, by_seed, combine, names
 from parscale.law.compare import compare
 from parscale.law.fit import bootstrap, fit
-from parscale.train.config import Balance
 
 SIZES = 5
 """Fewer do not tell a law."""
@@ -26,9 +25,13 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     found = []
     for corpus in corpora:
         for size in scale.sizes:
-            make, balance = (scale.prefix, Balance()) if scale.name == "paper" else (scale.lora, EVEN)
             control = scale.run(f"{size}, P=1", corpus, scale.prefix(1), model=size)
-            streamed = [scale.run(f"{size}, P={p}", corpus, make(p), model=size, balance=balance) for p in streams]
+            if scale.name == "paper":
+                streamed = [scale.run(f"{size}, P={p}", corpus, scale.prefix(p), model=size) for p in streams]
+            else:
+                streamed = [
+                    scale.run(f"{size}, P={p}", corpus, scale.lora(p), model=size, balance=even(p)) for p in streams
+                ]
             found += against(control, streamed)
     return found
 

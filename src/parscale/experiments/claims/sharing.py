@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import EVEN, Run, Scale, against
+from parscale.experiments.runs import EVEN, Run, Scale, against, even
 from parscale.experiments.verdicts import (
     Row,
     Verdict,
@@ -80,7 +80,7 @@ def _both(scale: Scale, place: str, corpus: str, counts: Sequence[int], **change
     what is left of no gain says nothing of sharing."""
     found = []
     for p in counts:
-        more = changes | ({"balance": EVEN} if p in DECIDING and "stage" not in changes else {})
+        more = changes | ({} if "stage" in changes else {"balance": even(p)})
         for kv in ("own", "shared"):
             streams = scale.lora(p, **({} if kv == "own" else {"kv": kv}))
             found.append(scale.run(f"{place}, P={p}, {kv}", corpus, streams, **more))

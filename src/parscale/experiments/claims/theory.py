@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import EVEN, Run, Scale, against
+from parscale.experiments.runs import Run, Scale, against, even
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, loss
 from parscale.train.config import Balance
 
@@ -20,7 +20,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         streamed = [
             scale.run(f"P={p}, {way}", corpus, make(p), balance=balance)
             for p in scale.streams
-            for way, make, balance in (("prefix", scale.prefix, Balance()), ("prefix+lora", scale.lora, EVEN))
+            for way, make, balance in (("prefix", scale.prefix, Balance()), ("prefix+lora", scale.lora, even(p)))
         ]
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found
