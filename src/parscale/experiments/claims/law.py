@@ -47,7 +47,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             law, with_own = fit(runs), fit(law_runs(of, own=True))
             intervals, comparison = bootstrap(law, 200), compare(runs)
         except InputError as error:
-            said.append(f"{corpus}: {error}")
+            said.append(f"{corpus}: {error}.")
             outcomes.append("undecided")
             continue
         best = "paper" in comparison.supported
