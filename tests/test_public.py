@@ -29,8 +29,6 @@ import sys
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 before = set(sys.modules)
 import parscale
-from parscale.streams.families import REGISTERED
-from tests.small import build, with_streams
 print([m for m in {heavy} if m in set(sys.modules) - before])
 """
     assert python(code) == "[]"

@@ -150,6 +150,7 @@ PLAIN = StreamsConfig(1, 0)
 EVEN = Balance(load_balance=0.01)
 """Keeps many streams in use that are trained from scratch; without it a head may pick one of them (claim `balance`)."""
 MANY = 4
+"""Streams from which on runs from scratch start with it."""
 PREFIX: dict[str, dict[str, Any]] = {"smoke": {"prefix_tokens": 8}, "cpu": {}, "gpu": {}, "paper": {}}
 
 SCALES: dict[str, Scale] = {

@@ -217,10 +217,10 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
     check_launch(config)
     if config.report_to != "none" and find_spec(config.report_to) is None:
         raise InputError(f"report_to={config.report_to!r} needs a package: pip install {config.report_to}")
-    if config.resume and (finished := finished_run(config.output)) is not None:
-        _check_same(config)
+    if config.resume and (record := _record(config.output)) is not None:
+        _check_same(config, record["config"])
         say(f"{config.output} holds a run that has ended; nothing is left to do")
-        return finished
+        return TrainResult(**record["result"])
     if is_first_process():
         check_output(config.output, resume=config.resume)
     with _emptied(config.output):
@@ -394,13 +394,17 @@ def _arguments(config: TrainConfig, steps: int, starting: bool, make: Callable[.
 
 def finished_run(output: Path) -> TrainResult | None:
     """What the run in a folder gave, if it has ended."""
+    record = _record(output)
+    return None if record is None else TrainResult(**record["result"])
+
+
+def _record(output: Path) -> dict[str, Any] | None:
     file = output / RECORD
-    return TrainResult(**json.loads(file.read_text(encoding="utf-8"))["result"]) if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def _check_same(config: TrainConfig) -> None:
-    """Refuse the folder of a run that has ended and was another one than is asked for."""
-    theirs = json.loads((config.output / RECORD).read_text(encoding="utf-8"))["config"]
+def _check_same(config: TrainConfig, theirs: dict[str, Any]) -> None:
+    """Refuse a run that has ended, with the settings `theirs`, and was another one than is asked for."""
     for name, ours in _plain(asdict(config)).items():
         if name not in MAY_CHANGE and name in theirs and theirs[name] != ours:
             raise InputError(

@@ -36,12 +36,14 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     for corpus, of in by_corpus(rows).items():
         control = by_seed(of, "control")
         checkpoints = [name for name in names(of) if not name.startswith("control")]
+        if not checkpoints:
+            continue
         for name in checkpoints:
             seen = by_seed(of, name)
             at = {p: [_at(row, p) for row in seen.values()] for p in next(iter(seen.values()))["measured"]["at"]}
             table.append({"text": corpus, "checkpoint": name} | _filled({p: statistics.mean(v) for p, v in at.items()}))
             curves[f"{corpus}, {name}"] = [(float(p), statistics.mean(values)) for p, values in at.items()]
-        for name in ("trained at P=4", "trained at random p") if checkpoints else ():
+        for name in ("trained at P=4", "trained at random p"):
             seen = by_seed(of, name)
             seeds = sorted(seen.keys() & control.keys())
             gain = gain_of([_at(seen[s], "2") for s in seeds], [control[s]["validation_loss"] for s in seeds])

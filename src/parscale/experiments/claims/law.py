@@ -15,6 +15,7 @@ from parscale.experiments.runs import Run, Scale, against, even
 from parscale.experiments.verdicts import SEEDS, Row, Verdict, by_corpus, by_seed, combine, names
 from parscale.law.compare import compare
 from parscale.law.fit import bootstrap, fit
+from parscale.train.config import Balance
 
 SIZES = 5
 """Fewer do not tell a law."""
@@ -26,12 +27,8 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     for corpus in corpora:
         for size in scale.sizes:
             control = scale.run(f"{size}, P=1", corpus, scale.prefix(1), model=size)
-            if scale.name == "paper":
-                streamed = [scale.run(f"{size}, P={p}", corpus, scale.prefix(p), model=size) for p in streams]
-            else:
-                streamed = [
-                    scale.run(f"{size}, P={p}", corpus, scale.lora(p), model=size, balance=even(p)) for p in streams
-                ]
+            make, balance = (scale.prefix, lambda p: Balance()) if scale.name == "paper" else (scale.lora, even)
+            streamed = [scale.run(f"{size}, P={p}", corpus, make(p), model=size, balance=balance(p)) for p in streams]
             found += against(control, streamed)
     return found
 
