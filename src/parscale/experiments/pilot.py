@@ -195,8 +195,8 @@ def _plan(
     if file.is_file():
         plan = json.loads(file.read_text(encoding="utf-8"))
         for what, ours in asked.items():
-            if plan.get(what) != ours:
-                raise InputError(f"out={out} holds a pilot with {what}={plan.get(what)!r}, not {ours!r}; give another out")
+            if (theirs := plan.get(what)) != ours:
+                raise InputError(f"out={out} holds a pilot with {what}={theirs!r}, not {ours!r}; give another out")
         return plan["steps"]
     total = sum(_seconds_of_a_step(name, text, streams, batch_size) for streams in runs.values())
     evaluating = (EVALUATIONS + 1) * EVALUATION_BLOCKS / batch_size / 3  # in steps, of which a forward pass is a third
