@@ -5,7 +5,7 @@
 GiB of one step with gradient checkpointing and the loss taken in chunks, for batch 1:
 
 - backbone: the layers' matrices in 4 bits with a 16-bit scale for 64 of them, the rest in 16 bits;
-- trained: prefixes, aggregation head and LoRA factors in 16 bits, and as much three times over for gradient and AdamW;
+- trained: prefixes, aggregation head and LoRA factors in 32 bits, and as much three times over for gradient and AdamW;
 - kept: the input of every layer for P streams, (P·B·T, d) in 16 bits, which checkpointing keeps;
 - layer: what one layer's backward pass holds when it is run again: about 8 d and 5 times the MLP's width a token;
 - logits: one chunk of 2^26 in 32 bits and in 16.
@@ -22,7 +22,7 @@ from parscale.train.loss import LOGITS_AT_ONCE
 
 # Qwen2.5-7B's config.json
 SHAPE = Shape(3584, 18944, layers=28, heads=28, kv_heads=4, head_dim=128, vocab=152064, untied=True)
-INT4, HALF = 0.53125, 2  # bytes
+INT4, HALF, FLOAT = 0.53125, 2, 4  # bytes
 
 
 def main() -> None:
@@ -53,10 +53,10 @@ def needs(shape: Shape, streams: int, tokens: int, prefix_tokens: int, lora_rank
     layer = streams * tokens * (8 * shape.hidden + 5 * shape.intermediate) * HALF
     parts = {
         "backbone": INT4 * matrices + HALF * rest,
-        "trained": 4 * HALF * trained,
+        "trained": 4 * FLOAT * trained,
         "kept": kept,
         "layer": layer,
-        "logits": (4 + HALF) * LOGITS_AT_ONCE,
+        "logits": (FLOAT + HALF) * LOGITS_AT_ONCE,
     }
     return {name: round(size / GIB, 3) for name, size in (parts | {"all": sum(parts.values())}).items()}
 

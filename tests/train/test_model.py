@@ -13,6 +13,7 @@ import parscale
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.load import load_model, load_tokenizer
+from parscale.streams.tensors import belongs_to_streams
 from parscale.train import model as model_module
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText
@@ -104,6 +105,25 @@ def test_a_model_of_half_precision_trains_in_float32_unless_told(base: Path, tex
         train(config, data=text)
         saved = load_file(tmp_path / dtype / "model.safetensors")
         assert {tensor.dtype for tensor in saved.values()} == {getattr(torch, dtype)}
+
+
+def test_streams_over_a_half_precision_backbone_take_small_steps(base: Path, text: PackedText, tmp_path: Path) -> None:
+    streams = StreamsConfig(4, 4, diversify=("prefix", "embedding", "lora", "rank1"), lora_rank=2)
+    settings = {"model": str(base), "streams": streams, "dtype": "bfloat16"}
+    start = run("frozen", tmp_path / "start", **settings, stream_learning_rate=0.0)
+    train(start, data=text)
+    train(run("frozen", tmp_path / "out", **settings, stream_learning_rate=1e-5), data=text)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "out"))
+    added = {name for name, tensor in after.items() if tensor.dtype == torch.float32}
+    assert {name for name, tensor in after.items() if tensor.dtype == torch.bfloat16} == after.keys() - added
+    assert added == {name for name in after if belongs_to_streams(name)}
+    for name in (name for name in added if name.endswith("prefix_v")):
+        moved = (after[name] - before[name]).abs()
+        assert 0 < moved.max() < 1e-3
+    loaded = load_model(tmp_path / "out")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    ids = torch.as_tensor(text.validation[:1]["input_ids"])
+    assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
 
 
 def test_training_goes_on_from_streams_and_lora(with_lora: Path, text: PackedText, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class AggregationHead(nn.Sequential):
         """Logits of the streams' weights. With p < P streams the absent ones read as zero in the first layer."""
         active = hidden.shape[0]
         first, activation, last = self._layers()
-        x = hidden.permute(1, 2, 3, 0).flatten(2)  # (B, T, d·p)
+        x = hidden.permute(1, 2, 3, 0).flatten(2).to(first.weight.dtype)  # (B, T, d·p)
         if active == self.streams:
             return super().forward(x)
         # (d, D·P) → (d, D·p): leaving columns out is the same as feeding zeros, and cheaper.

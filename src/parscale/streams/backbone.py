@@ -40,16 +40,23 @@ def check_attention(model: PreTrainedModel, implementation: str) -> str:
     return TAG + name
 
 
-class _CarriesPrefix:
-    """Keeps the prefix through `set_attn_implementation` and loading, which would drop it silently."""
+class _HasStreams:
+    """What holds of backbone and causal LM alike."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's own weights: over a frozen backbone in bfloat16 the streams train in float32."""
+        own = (p for name, p in self.named_parameters() if not belongs_to_streams(name))  # type: ignore[attr-defined]
+        return next(parameter.dtype for parameter in own if parameter.is_floating_point())
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        """Keeps the prefix through `set_attn_implementation` and loading, which would drop it silently."""
         asked = attn_implementation and attn_implementation.removeprefix(TAG)
         allowed = super()._check_and_adjust_attn_implementation(asked, *args, **kwargs)  # type: ignore[misc]
         return check_attention(self, allowed) if streams_of(self).enters_attention else allowed  # type: ignore[arg-type]
 
 
-class StreamsBackbone(_CarriesPrefix):
+class StreamsBackbone(_HasStreams):
     """Mixin of a backbone (`Qwen2Model`, …) that runs P streams. `last_hidden_state` is the merged one, (B, T, d).
 
     `hidden_states` and `attentions`, when asked for, have the P·B rows of all streams, stream-major; attentions show
@@ -155,7 +162,7 @@ class StreamsBackbone(_CarriesPrefix):
             self.stream_state.generator = self.prefix_generator = None
 
 
-class StreamsForCausalLM(StreamsGeneration, _CarriesPrefix):
+class StreamsForCausalLM(StreamsGeneration, _HasStreams):
     """Mixin of a causal LM over a `StreamsBackbone`."""
 
     @classmethod

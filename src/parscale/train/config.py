@@ -144,7 +144,8 @@ class TrainConfig:
         peft_rank: rank of that LoRA.
         quantize: frozen, or with a LoRA: hold the backbone's weights in 8 or 4 bits (CPU: torchao; GPU: bitsandbytes).
         dtype: of a loaded model's weights while they train, and as they are saved. bfloat16 takes half the memory, and
-            rounds small steps away. Weights from scratch are float32; with quantize what trains is bfloat16.
+            rounds small steps away. From scratch weights are float32, and so are streams and a LoRA where the backbone
+            rests, whatever it is in.
         evaluations: how often to measure the validation loss, evenly spread; the last is at the end.
         validation_blocks: sequences to measure it on, at most.
         smooth_validation: share of the past in the running mean of the validation loss.

@@ -49,11 +49,21 @@ def model_of(config: TrainConfig, tokenizer: Any, calibration: torch.Tensor) -> 
     if config.peft == "lora":
         model = _with_lora(model, config.peft_rank)
     freeze_backbone(model, config.stage, lora=config.peft == "lora")
+    if config.stage == "frozen" or config.peft == "lora":
+        _widen(model)
     if config.gradient_checkpointing:
         # transformers 5.17 knows only the second name; later ones warn of it
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     return model
+
+
+def _widen(model: Any) -> None:
+    """What trains in front of a backbone at rest is kept in float32: it is little, and in bfloat16 its small steps
+    would round away. In the forward pass it takes the activations' dtype."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def base_of(model: Any) -> Any:
