@@ -153,6 +153,12 @@ def test_a_known_law_is_found_again() -> None:
     assert k == pytest.approx(0.4, abs=0.05)
 
 
+@pytest.mark.slow
+def test_streams_without_effect_are_no_law() -> None:
+    """k cannot be below its bound, which is above 0."""
+    assert verdict("law", law_rows(0.0)).outcome == "not supported"
+
+
 def test_a_law_of_one_size_cannot_be_fitted() -> None:
     rows = [r for r in law_rows(0.4, seeds=1) if r["name"].startswith("5e+08,")]
     assert verdict("law", rows).outcome == "undecided"

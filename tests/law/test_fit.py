@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from scipy.optimize import check_grad
 from parscale.errors import InputError
 from parscale.law.compare import compare
 from parscale.law.equivalence import equivalence_exponent, equivalent_params
-from parscale.law.fit import Law, bootstrap, fit, huber_of_log_loss, leave_one_out
+from parscale.law.fit import Law, bootstrap, bootstrap_thetas, fit, huber_of_log_loss, law_of, leave_one_out
 from parscale.law.forms import FORMS
+from parscale.law.report import predictions
 from parscale.law.runs import Runs, paper, read_runs
 
 SIZES, STREAMS, TOKENS = (3e8, 6e8, 1e9, 2e9, 4e9), (1, 2, 4, 8), (1e10, 3e10, 1e11)
@@ -142,6 +144,45 @@ def test_streams_are_worth_the_parameters_of_the_same_loss(stack: Law) -> None:
     assert equivalence_exponent(power, 1e9, 4) == pytest.approx(0.3, rel=1e-3)
     with pytest.raises(InputError, match="streams"):
         equivalence_exponent(stack, 1.6e9, 1)
+
+
+def test_a_run_is_left_out_with_all_its_seeds() -> None:
+    """The same losses under four seeds are no more evidence than under one."""
+    rows = paper("pile")
+    twice = [row | {"seed": seed} for row in rows for seed in (0, 1)]
+    for ours, theirs in zip(compare(twice).rivals, compare(rows).rivals, strict=True):
+        assert ours.law.form.name == theirs.law.form.name
+        assert ours.by_run == pytest.approx(theirs.by_run, rel=2e-2)
+    assert bootstrap(fit(twice), samples=40)["k"] == pytest.approx(bootstrap(fit(rows), samples=40)["k"], rel=2e-2)
+
+
+def test_as_many_runs_as_coefficients_tell_no_errors() -> None:
+    four = [row for row in paper("stack") if row["streams"] in (1, 8)]
+    four = four[:2] + four[-2:]
+    law = fit(four)
+    assert all(np.isnan(low) and np.isnan(high) for low, high in bootstrap(law, samples=40).values())
+    with pytest.raises(InputError, match="4 distinct runs leave nothing"):
+        bootstrap_thetas(law, 40)
+    twice = compare([row | {"seed": seed} for row in four for seed in (0, 1)])
+    assert [rival.law.form.name for rival in twice.rivals] == ["chinchilla"]
+    assert twice.verdict == "Too few runs to compare forms of law."
+
+
+def test_tokens_that_differ_are_not_pooled(tmp_path: Path) -> None:
+    rows = [
+        f"{row['params']},{row['streams']},{row['loss'] + (0.5e9 / d) ** 0.3},{d}"
+        for row in paper("stack")
+        for d in (1e9, 2e9, 4e9)
+    ]
+    path = tmp_path / "runs.csv"
+    path.write_text("params, streams, loss, tokens\n" + "\n".join(rows), encoding="utf-8-sig")
+    with pytest.raises(InputError, match="the form 'paper' has no term: fit the form 'data'"):
+        law_of(path, "paper")
+    law = law_of(path)
+    assert law.form.name == "data"
+    told = predictions(law, [1e9], [1, 8, 16], 1e9)
+    assert [row["extrapolated"] for row in told] == [False, False, True]
+    assert predictions(law, [1e9], [8], 1e12)[0]["extrapolated"]
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,7 @@ def _costs(name: str) -> dict[str, Any]:
 
 def _projection(name: str) -> dict[str, Any]:
     """What the paper's law for code gives a model of this size, trained with streams from scratch."""
-    from parscale.law.report import law_of
+    from parscale.law.fit import law_of
 
     model = load_model(name)
     params = model.num_parameters() - model.get_input_embeddings().weight.numel()

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from parscale.law.fit import Law, fit, leave_one_out
+from parscale.law.fit import Law, fit, leave_one_out, why_not_identifiable
 from parscale.law.forms import FORMS, Form
 from parscale.law.runs import Runs, read_runs
 
@@ -14,7 +14,8 @@ from parscale.law.runs import Runs, read_runs
 class Rival:
     """One form on the data. `by_run`, `by_size`, `by_streams`: root mean squared error of losses left out, in nats.
 
-    NaN where no group can be left out (two values of streams only, say). `held_out`: (runs,) errors behind `by_run`.
+    NaN where no group can be left out (two values of streams only, say). A run is left out with all its seeds.
+    `held_out`: the mean squared error of each such run, behind `by_run`.
     """
 
     law: Law
@@ -34,7 +35,8 @@ class Comparison:
 
 
 def compare(runs: Any) -> Comparison:
-    """Fit every form that the runs can determine and leave out each run, each size and each P in turn.
+    """Fit every form that the runs can determine and leave out each run (with all its seeds: what is left of them would
+    tell what is to be predicted), each size and each P in turn.
 
     The best form has the least squared error over runs left out. A rival stands beside it when its mean excess of
     squared error is within one standard error of that excess (paired over runs); among those, fewer coefficients are
@@ -42,6 +44,8 @@ def compare(runs: Any) -> Comparison:
     """
     table = runs if isinstance(runs, Runs) else read_runs(runs)
     rivals = sorted((_rival(table, f) for f in _determined(table)), key=lambda r: r.by_run)
+    if len(rivals) < 2:
+        return Comparison(rivals, [r.law.form.name for r in rivals], "Too few runs to compare forms of law.")
     best = rivals[0]
     close = [r for r in rivals if _excess(r, best)[0] <= _excess(r, best)[1] + 1e-12]
     return Comparison(rivals, [r.law.form.name for r in close], _verdict(rivals, close))
@@ -50,15 +54,18 @@ def compare(runs: Any) -> Comparison:
 def _determined(runs: Runs) -> list[Form]:
     has_p, has_d = len(np.unique(runs.streams)) > 1, runs.tokens is not None and len(np.unique(runs.tokens)) > 2
     forms = [f for f in FORMS.values() if (has_p or not f.needs_streams) and (has_d or not f.needs_tokens)]
-    return [f for f in forms if len(f.coefficients) < len(runs)]
+    many = len(np.unique(runs.configuration))
+    return [f for f in forms if len(f.coefficients) < many and why_not_identifiable(runs, f) is None]
 
 
 def _rival(runs: Runs, form: Form) -> Rival:
     law = fit(runs, form.name)
-    held_out = np.full(len(runs), np.nan)
-    for row in leave_one_out(law, np.arange(len(runs))):
-        held_out[row["left_out"]] = row["errors"][0]
-    return Rival(law, _rms(held_out), _rms(_errors(law, runs.size)), _rms(_errors(law, runs.streams)), held_out)
+    held_out = np.full(runs.configuration.max() + 1, np.nan)
+    for row in leave_one_out(law, runs.configuration):
+        held_out[row["left_out"]] = np.mean(row["errors"] ** 2)
+    return Rival(
+        law, _rms(np.sqrt(held_out)), _rms(_errors(law, runs.size)), _rms(_errors(law, runs.streams)), held_out
+    )
 
 
 def _errors(law: Law, groups: np.ndarray) -> np.ndarray:
@@ -72,7 +79,7 @@ def _rms(errors: np.ndarray) -> float:
 
 def _excess(rival: Rival, best: Rival) -> tuple[float, float]:
     """Mean squared held-out error above the best form's, and the standard error of that mean, nats²."""
-    more = rival.held_out**2 - best.held_out**2
+    more = rival.held_out - best.held_out
     more = more[np.isfinite(more)]
     return float(more.mean()), float(more.std(ddof=1) / np.sqrt(len(more))) if len(more) > 1 else 0.0
 

@@ -6,6 +6,7 @@ Objective: Σ Huber_δ(ln L_predicted − ln L_measured) with δ = 0.001, minimi
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from parscale.errors import InputError
 from parscale.law.forms import Form
 from parscale.law.forms import form as form_named
-from parscale.law.runs import Runs, read_runs
+from parscale.law.runs import CORPORA, Runs, paper, read_runs
 
 DELTA = 1e-3
 # On 4 × 4 matrices BLAS threads only wait for each other: on a busy machine the fit takes 15 times the CPU time.
@@ -105,10 +106,32 @@ def fit(runs: Any, form: str = "paper") -> Law:
     return _minimise(table, law_form, _best_starts(table, law_form))
 
 
+def law_of(source: str | Path, form: str | None = None) -> Law:
+    """The law of "stack" or "pile", the paper's own losses, or of the runs in a CSV file.
+
+    `form`: by default the paper's, with the data term if the runs have three or more token counts.
+
+    Raises:
+        InputError: the runs cannot determine the form, or have several token counts and the form no term for them.
+    """
+    runs = read_runs(paper(str(source)) if str(source) in CORPORA else source)
+    counts = np.empty(0) if runs.tokens is None else np.unique(runs.tokens)
+    chosen = form_named(form or ("data" if len(counts) > 2 else "paper"))
+    if len(counts) > 1 and not chosen.needs_tokens:
+        raise InputError(
+            f"the runs have tokens from {counts[0]:.3g} to {counts[-1]:.3g}, for which the form {chosen.name!r} has no "
+            "term: fit the form 'data' (three or more values), or give runs of one"
+        )
+    return fit(runs, chosen.name)
+
+
 def bootstrap(law: Law, samples: int = 400, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the coefficients: percentiles over refits to runs drawn with replacement."""
+    """95 % intervals of the coefficients: percentiles over refits to runs drawn with replacement. NaN where runs are as
+    few as coefficients: the law passes through every one of them, and they tell nothing of its errors."""
     if samples < 20:
         raise InputError(f"samples is {samples}: a 95 % interval needs at least 20 bootstrap samples")
+    if len(np.unique(law.runs.configuration)) <= len(law.form.coefficients):
+        return dict.fromkeys(law.coefficients, (float("nan"), float("nan")))
     return percentiles(law, bootstrap_thetas(law, samples, seed))
 
 
@@ -116,13 +139,23 @@ def bootstrap(law: Law, samples: int = 400, seed: int = 0) -> dict[str, tuple[fl
 def bootstrap_thetas(law: Law, samples: int, seed: int = 0) -> np.ndarray:
     """The refits themselves, shape (samples, coefficients): what a prediction's uncertainty is computed from.
 
-    A draw that could not determine the form (one value of streams, say) is drawn again.
+    Configurations are drawn, each with all its seeds, which are no independent runs of the law. A draw that could not
+    determine the form (one value of streams, say) is drawn again.
+
+    Raises:
+        InputError: there are as few configurations as coefficients.
     """
+    places = [np.flatnonzero(law.runs.configuration == i) for i in range(law.runs.configuration.max() + 1)]
+    if len(places) <= len(law.form.coefficients):
+        raise InputError(
+            f"{len(places)} distinct runs leave nothing to tell the errors of the form {law.form.name!r} from: it has "
+            f"{len(law.form.coefficients)} coefficients; give more runs"
+        )
     rng = np.random.default_rng(seed)
     thetas = []
     while len(thetas) < samples:
-        drawn = law.runs.take(rng.integers(0, len(law.runs), len(law.runs)))
-        if _why_not_identifiable(drawn, law.form) is None:
+        drawn = law.runs.take(np.concatenate([places[i] for i in rng.integers(0, len(places), len(places))]))
+        if why_not_identifiable(drawn, law.form) is None:
             thetas.append(_minimise(drawn, law.form, [law.theta]).theta)
     return np.stack(thetas)
 
@@ -144,7 +177,7 @@ def leave_one_out(law: Law, groups: np.ndarray) -> list[dict[str, Any]]:
     rows = []
     for label in np.unique(groups):
         kept, left = law.runs.take(groups != label), law.runs.take(groups == label)
-        if _why_not_identifiable(kept, law.form) is not None:
+        if why_not_identifiable(kept, law.form) is not None:
             continue
         refit = _minimise(kept, law.form, [law.theta])
         errors = law.form.curve(refit.theta, left)[0] - left.loss
@@ -171,12 +204,13 @@ def huber_of_log_loss(theta: np.ndarray, runs: Runs, form: Form) -> tuple[float,
 
 
 def _require_identifiable(runs: Runs, form: Form) -> None:
-    reason = _why_not_identifiable(runs, form)
+    reason = why_not_identifiable(runs, form)
     if reason is not None:
         raise InputError(reason)
 
 
-def _why_not_identifiable(runs: Runs, form: Form) -> str | None:
+def why_not_identifiable(runs: Runs, form: Form) -> str | None:
+    """What the runs lack to determine the form, or None."""
     distinct = len(np.unique(np.stack([runs.params, runs.streams]), axis=1).T)
     if form.needs_tokens:
         if runs.tokens is None or len(np.unique(runs.tokens)) < 3:

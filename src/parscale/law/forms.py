@@ -13,7 +13,8 @@ from parscale.errors import InputError
 from parscale.law.runs import Runs
 
 BILLION = 1e9
-_SMALL = 1e-8  # the paper's lower bound for every coefficient
+SMALL = 1e-8
+"""The paper's lower bound for every coefficient: k of a law without streams ends there, not at 0."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ _STARTS = (
     (0.0, 0.5, 1.0, 1.5, 2.0),
     (0.2, 0.4, 0.6, 0.8),
 )
-_BOUNDS = ((_SMALL, None), (None, None), (_SMALL, None), (_SMALL, None))
+_BOUNDS = ((SMALL, None), (None, None), (SMALL, None), (SMALL, None))
 _BASE = ("E", "A", "alpha")
 
 FORMS = {
@@ -146,7 +147,7 @@ FORMS = {
             "E + (A·1e9/(N·(k·ln P + 1)))^α + (B·1e9/D)^β",
             (*_BASE, "k", "B", "beta"),
             (_STARTS[0], (-4.0, 0.0, 4.0), (0.2, 1.0), (0.2, 0.6), (-4.0, 0.0), (0.2, 1.0)),
-            (*_BOUNDS, (None, None), (_SMALL, None)),
+            (*_BOUNDS, (None, None), (SMALL, None)),
             _data,
         ),
     )

@@ -15,8 +15,8 @@ from parscale.cost import formulas
 from parscale.cost.hardware import HARDWARE
 from parscale.cost.model import BANDWIDTH_EFFICIENCY, DTYPES, FLOPS_EFFICIENCY, PAPER_SHAPES, Workload
 from parscale.errors import InputError
-from parscale.law.fit import fit
-from parscale.law.planner import PAPER_TOKENS, SECOND_STAGE, STREAMS, Search, law_for
+from parscale.law.fit import fit, law_of
+from parscale.law.planner import PAPER_TOKENS, SECOND_STAGE, STREAMS, Search
 from parscale.law.runs import CORPORA, paper
 from parscale.output import write_text
 
@@ -66,7 +66,7 @@ def _law(corpus: str) -> dict[str, float]:
 
 def _range() -> tuple[float, float]:
     any_budgets: Any = None
-    return Search(law_for(CORPORA[0]), Workload(), HARDWARE["a100-80g"], any_budgets, PAPER_TOKENS).range()
+    return Search(law_of(CORPORA[0]), Workload(), HARDWARE["a100-80g"], any_budgets, PAPER_TOKENS).range()
 
 
 def _function(node: ast.FunctionDef) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 from parscale.cost.hardware import hardware_of
 from parscale.cost.model import Workload
-from parscale.law.planner import Budgets, Plan, Search, frontier_curves, law_for, plan
+from parscale.law.fit import law_of
+from parscale.law.planner import Budgets, Plan, Search, frontier_curves, plan
 from parscale.law.units import parse_bytes, parse_seconds
 from parscale.output import print_json, print_table
 
@@ -46,7 +47,7 @@ def draw_frontier(path: str | Path, result: Plan, asked: dict[str, Any]) -> Path
     memory = machine.memory if asked["memory"] is None else parse_bytes(asked["memory"])
     latency = float("inf") if asked["latency"] is None else parse_seconds(asked["latency"])
     budgets = Budgets(memory, latency, asked["train_flops"])
-    search = Search(law_for(asked["law"]), asked["workload"] or Workload(), machine, budgets, best["tokens"])
+    search = Search(law_of(asked["law"]), asked["workload"] or Workload(), machine, budgets, best["tokens"])
     figure = Figure(figsize=(7, 4.5), dpi=110, layout="constrained")
     axes = figure.subplots()
     for p, points in frontier_curves(search, asked["streams"], best["dtype"]).items():

@@ -16,8 +16,7 @@ from parscale.cost.hardware import Hardware, hardware_of
 from parscale.cost.model import DTYPES, GIB, Workload
 from parscale.errors import InputError
 from parscale.law.equivalence import equivalent_params
-from parscale.law.fit import Law, bootstrap_thetas, fit
-from parscale.law.runs import CORPORA, paper, read_runs
+from parscale.law.fit import Law, bootstrap_thetas, law_of
 from parscale.law.units import parse_bytes, parse_seconds
 
 PAPER_TOKENS = 42e9
@@ -71,12 +70,12 @@ class Search:
         seconds = formulas.latency(shape, terms, work.machine(self.machine))
         n = formulas.total_params(shape, streams, work.prefix_tokens)
         tokens = self._tokens(shape, streams)
-        sizes = self.law.runs.params
+        priced = tokens if self.law.form.needs_tokens else None
         return {
             "params": n,
             "streams": streams,
             "dtype": dtype,
-            "loss": self.law.predict(n, streams, tokens if self.law.form.needs_tokens else None),
+            "loss": self.law.predict(n, streams, priced),
             "memory_gib": formulas.memory(shape, terms)["total"] / GIB,
             "token_latency_s": seconds["decode_step"],
             "prefill_s": seconds["prefill"],
@@ -86,7 +85,7 @@ class Search:
             "two_stage_flops": formulas.two_stage_flops(shape, streams, tokens, SECOND_STAGE),
             "hidden": shape["hidden"],
             "backbone_params": params,
-            "extrapolated": bool(not sizes.min() <= n <= sizes.max() or streams > self.law.runs.streams.max()),
+            "extrapolated": not self.law.runs.surround(n, streams, priced),
         }
 
     def fits(self, params: float, streams: int, dtype: str) -> bool:
@@ -149,7 +148,7 @@ def plan(
     machine = hardware_of(hardware)
     chosen, kinds = sorted(set(streams)), list(dict.fromkeys(dtypes))
     _check(chosen, kinds, train_flops, tokens)
-    fitted = law if isinstance(law, Law) else law_for(law)
+    fitted = law if isinstance(law, Law) else law_of(law)
     budgets = Budgets(
         machine.memory if memory is None else parse_bytes(memory),
         float("inf") if latency is None else parse_seconds(latency),
@@ -169,15 +168,6 @@ def plan(
         del row["refits"]
     equal = _equal_dense(search, best) if best["streams"] > 1 else None
     return Plan(best, dense, equal, frontier, share, by_batch, _advice(search, best, dense, streamed, share, by_batch))
-
-
-def law_for(source: str | Path) -> Law:
-    """The law of "stack" or "pile", or of a CSV of runs; with the data term if its runs have 3 or more token counts."""
-    if str(source) in CORPORA:
-        return fit(paper(str(source)))
-    runs = read_runs(source)
-    with_data = runs.tokens is not None and len(np.unique(runs.tokens)) > 2
-    return fit(runs, "data" if with_data else "paper")
 
 
 def frontier_curves(search: Search, streams: Iterable[int], dtype: str, points: int = 14) -> dict[int, list[tuple]]:
@@ -296,7 +286,7 @@ def _advice(
     if best["streams"] > 1 and dense_from is not None:
         said += f" From batch {dense_from} on, P = 1 is the better answer under the same budgets."
     if best["extrapolated"]:
-        said += " This is outside the sizes or P that the law was fitted to."
+        said += " This is outside the sizes, P or tokens that the law was fitted to."
     if best["dtype"] in ("int8", "int4"):
         said += f" The law is about 16-bit weights: what {best['dtype']} costs in loss comes on top."
     return said

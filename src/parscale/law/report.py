@@ -8,14 +8,9 @@ import numpy as np
 
 from parscale.law.compare import compare
 from parscale.law.equivalence import equivalence_exponent, equivalent_params
-from parscale.law.fit import Law, bootstrap, fit, leave_one_out
-from parscale.law.runs import CORPORA, paper
+from parscale.law.fit import Law, bootstrap, law_of, leave_one_out
+from parscale.law.runs import CORPORA
 from parscale.output import print_json, print_table
-
-
-def law_of(source: str, form: str = "paper") -> Law:
-    """The law of "stack" or "pile", the paper's own losses, or of the runs in a CSV file."""
-    return fit(paper(source) if source in CORPORA else source, form)
 
 
 def report_fit(
@@ -84,16 +79,11 @@ def predictions(law: Law, params: Sequence[float], streams: Sequence[int], token
             "dense_params": (dense := equivalent_params(law, n, p, tokens)),
             "ratio": dense / n,
             "exponent": equivalence_exponent(law, n, p, tokens) if p > 1 else None,
-            "extrapolated": not _in_range(law, n, p),
+            "extrapolated": not law.runs.surround(n, p, tokens),
         }
         for n in params
         for p in streams
     ]
-
-
-def _in_range(law: Law, params: float, streams: float) -> bool:
-    runs = law.runs
-    return bool(runs.params.min() <= params <= runs.params.max() and streams <= runs.streams.max())
 
 
 def _residual_rows(law: Law) -> list[dict[str, float]]:

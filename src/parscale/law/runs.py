@@ -38,6 +38,21 @@ class Runs:
     def __len__(self) -> int:
         return len(self.loss)
 
+    @property
+    def configuration(self) -> np.ndarray:
+        """(runs,) integers, numbered as they come: equal for runs that differ in nothing but their seed."""
+        tokens = np.zeros(len(self)) if self.tokens is None else self.tokens
+        rows = np.stack([self.params, self.streams, tokens], axis=1)
+        _, first, number = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+        return np.argsort(np.argsort(first))[number]
+
+    def surround(self, params: float, streams: float, tokens: float | None = None) -> bool:
+        """Whether a model is among the sizes, P and tokens of the runs: elsewhere a law is an extrapolation."""
+        told = [(self.params, params), (self.streams, streams)]
+        if tokens is not None and self.tokens is not None:
+            told.append((self.tokens, tokens))
+        return all(bool(seen.min() <= value <= seen.max()) for seen, value in told)
+
     def take(self, rows: np.ndarray) -> "Runs":
         """The rows at these positions (integers, repeats allowed) or under this mask (booleans)."""
         tokens = None if self.tokens is None else self.tokens[rows]
@@ -82,8 +97,8 @@ def _rows(runs: Any) -> list[Mapping[str, Any]]:
                 "give a CSV with the columns params, streams, loss"
             )
         try:
-            with path.open(newline="", encoding="utf-8") as file:
-                return list(csv.DictReader(file))
+            with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a mark in front
+                return list(csv.DictReader(file, skipinitialspace=True))
         except (UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"runs file {str(path)!r} is not a CSV in UTF-8: {error}") from None
     if hasattr(runs, "to_dict") and hasattr(runs, "columns"):  # a DataFrame, without importing pandas
