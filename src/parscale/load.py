@@ -9,11 +9,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from parscale.errors import InputError
-from parscale.streams.checkpoint import MANIFEST, load_streams
+from parscale.streams.backbone import has_streams
+from parscale.streams.checkpoint import DEFAULT, MANIFEST, load_streams
 from parscale.streams.families import SUFFIX, register_family
 
 LORA = "adapter_config.json"
 """What `peft` calls the settings of a LoRA in its folder."""
+TRAINED = "trained"
+"""What streams of a folder are called on a base that came with streams of its own."""
 
 
 def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> Any:
@@ -77,7 +80,7 @@ def _load_adapters(folder: Path, asked: str, options: dict[str, Any]) -> Any:
         )
     model = load_model(base, quantize=quantize, **options)
     if MANIFEST in facts:
-        model = load_streams(model, folder)
+        model = load_streams(model, folder, TRAINED if has_streams(model) else DEFAULT)
     if LORA in facts:
         from peft import PeftModel
 

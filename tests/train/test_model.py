@@ -89,6 +89,18 @@ def test_streams_and_lora_lie_beside_each_other_and_give_the_same_logits(
     torch.testing.assert_close(logits(merged, ids), at_the_end[0], rtol=0, atol=2e-5)
 
 
+def test_a_lora_on_a_model_that_has_streams_already(base: Path, text: PackedText, ids: Tensor, tmp_path: Path) -> None:
+    train(run("retrofit", tmp_path / "p4", model=str(base), streams=STREAMS), data=text)
+    result = train(
+        run("retrofit", tmp_path / "out", model=str(tmp_path / "p4"), peft="lora", tokens=20 * 256), data=text
+    )
+    again = load_model(tmp_path / "out")
+    assert again.streams == 4
+    blocks = torch.as_tensor(text.validation[:16]["input_ids"])
+    with torch.no_grad():
+        assert again(input_ids=blocks, labels=blocks).loss.item() == pytest.approx(result.validation_loss, abs=1e-3)
+
+
 def test_a_lora_alone_without_streams(base: Path, text: PackedText, ids: Tensor, tmp_path: Path) -> None:
     config = run("retrofit", tmp_path / "out", model=str(base), streams=StreamsConfig(1, 0), peft="lora")
     result = train(config, data=text)
@@ -211,7 +223,9 @@ def test_bits_for_adapters_that_have_their_base_are_refused(with_lora: Path, tex
     [
         ({"stage": "frozen", "peft": "lora"}, "for a LoRA too, take 'retrofit'"),
         ({"stage": "retrofit", "quantize": "int4"}, "few bits cannot be trained; take 'frozen'"),
-        ({"stage": "pretrain", "quantize": "int4", "peft": "lora"}, "few bits cannot be trained; take 'frozen'"),
+        ({"stage": "pretrain", "peft": "lora"}, "there is no trained backbone; take 'retrofit'"),
+        ({"stage": "retrofit", "seed": -1}, "seed=-1 is not accepted"),
+        ({"stage": "pretrain", "quantize": "int4"}, "few bits cannot be trained; take 'frozen'"),
         ({"stage": "retrofit", "backbone_delay": 1.0}, "backbone_delay=1.0"),
         ({"stage": "retrofit", "patience": 0}, "patience=0"),
         ({"stage": "retrofit", "smooth_validation": 1.0}, "smooth_validation=1.0"),

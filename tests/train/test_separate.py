@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parscale.config import StreamsConfig
+from parscale.errors import InputError
 from parscale.load import load_model
 from parscale.train.data import PackedText, load_text
-from parscale.train.separate import SeparateDocuments, collator, document_starts
+from parscale.train.separate import SeparateDocuments, check_separate, collator, document_starts
 from parscale.train.trainer import train
 from tests.small import VOCABULARY, build, with_streams
 from tests.train.conftest import run
@@ -55,6 +56,14 @@ def test_packed_documents_are_what_they_are_alone(family: str, streams: dict) ->
     ]
     # transformers takes the loss in float32
     assert packed.loss.item() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
+
+
+def test_families_whose_documents_see_each_other_are_refused() -> None:
+    """Attention that makes its mask without positions, and layers with a recurrent state."""
+    check_separate(with_streams(build("qwen3")), END)
+    for model in (with_streams(build("gpt_oss")), build("gpt_oss"), build("qwen3_next")):
+        with pytest.raises(InputError, match=f"of the family '{model.config.model_type}'"):
+            check_separate(model, END)
 
 
 def test_joined_documents_are_not(seed: None) -> None:

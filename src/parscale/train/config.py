@@ -19,7 +19,7 @@ Stage = Literal["pretrain", "retrofit", "frozen", "sft"]
 def whole_number(text: str | float) -> int:
     """An integer, also as 1e6. Raises ValueError for anything else."""
     number = float(text)
-    if number != int(number):
+    if not number.is_integer():
         raise ValueError(f"{text} is not a whole number")
     return int(number)
 
@@ -216,6 +216,8 @@ class TrainConfig:
                 raise InputError(f"{name}={getattr(self, name)} is not accepted; give an integer >= 1")
         if self.save_every is not None and self.save_every < 1:
             raise InputError(f"save_every={self.save_every} is not accepted; give an integer >= 1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed} is not accepted; give an integer from 0 to {2**32 - 1}")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience={self.patience} is not accepted; give an integer >= 1")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
@@ -230,6 +232,8 @@ class TrainConfig:
             raise InputError(
                 f"mix={self.mix} with data={self.data}: give one weight above 0 for each of the {len(self.data)}"
             )
+        if self.stage == "pretrain" and self.peft != "none":
+            raise InputError(f"peft={self.peft!r} with stage 'pretrain': there is no trained backbone; take 'retrofit'")
         if self.stage == "frozen" and self.peft != "none":
             raise InputError("stage 'frozen' trains what the streams add alone; for a LoRA too, take 'retrofit'")
         if self.quantize != "none" and (self.stage == "pretrain" or (self.stage != "frozen" and self.peft == "none")):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import default_data_collator
 
+from parscale.errors import InputError
 from parscale.train.data import PackedText
 
 Collator = Callable[[list[Any]], dict[str, Any]]
@@ -45,6 +46,27 @@ class SeparateDocuments:
         batch["position_ids"] = index - torch.where(starts, index, 0).cummax(dim=1).values
         batch["labels"] = batch["labels"].masked_fill(starts, -100)
         return batch
+
+
+@torch.no_grad()
+def check_separate(model: Any, end_of_text: int) -> None:
+    """Refuse a model in which a document sees the one before it, however its positions start.
+
+    Raises:
+        InputError: names the family. Its attention takes no mask from positions, or it has a recurrent state.
+    """
+    one, other = (token for token in range(3) if token != end_of_text) if end_of_text < 3 else (0, 1)
+    second = [end_of_text, one, other, one]
+    ids = torch.tensor([[one, one, one, *second], [other, other, other, *second]], device=model.device)
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 2], device=model.device).expand_as(ids)
+    training = model.training
+    told = model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:].float()
+    model.train(training)
+    if not torch.allclose(told[0], told[1], rtol=1e-2, atol=1e-2 * told.std().item()):
+        raise InputError(
+            f"separate_documents with a model of the family {model.config.model_type!r}: its documents see each other "
+            "all the same; leave it out, or take another model"
+        )
 
 
 def document_starts(input_ids: Tensor, end_of_text: int) -> Tensor:

@@ -52,7 +52,7 @@ from parscale.train.parallel import (
 )
 from parscale.train.prepare import prepare
 from parscale.train.progress import ProgressBar
-from parscale.train.separate import collator
+from parscale.train.separate import check_separate, collator
 from parscale.train.sft import sft_arguments, sft_trainer
 from parscale.train.stages import Rates, count_stream_parameters, hold_backbone, parameter_groups, schedule
 from parscale.train.watch import StreamWatch, as_logs, say
@@ -237,6 +237,8 @@ def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> Tra
         blocks.select(range(min(len(blocks), config.validation_blocks)))
         for blocks in (data.validation, *data.corpora.values())
     )
+    if data.end_of_text is not None:
+        check_separate(trained, data.end_of_text)
     check_stream_parallel(model, config.stream_parallel, processes())
     tokens_per_step = round(processes() // config.stream_parallel * config.batch_size * data.tokens_per_row)
     steps = max(1, (config.tokens or data.train_tokens) // tokens_per_step)
