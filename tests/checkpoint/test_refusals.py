@@ -76,13 +76,14 @@ def test_streams_under_a_config_of_one_stream(folder: Path) -> None:
     assert "unexpected model.aggregate_layer.0.bias" in refusal(folder)
 
 
-def test_weights_of_the_base_are_transformers_own_matter(folder: Path) -> None:
-    """It starts a missing matrix at random, with a warning; one of another shape it refuses unless told not to."""
-    change(folder, lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
-    AutoModelForCausalLM.from_pretrained(folder)
+def test_weights_of_the_base_are_there_too(folder: Path) -> None:
+    """transformers would start a missing matrix at random, with a warning. One of another shape is refused unless it is
+    told not to."""
     change(folder, lambda t: t.update({"model.norm.weight": torch.ones(5)}))
     assert "model.norm.weight (5,) instead of (32,)" in refusal(folder)
     AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
+    change(folder, lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
+    assert "lacks model.layers.0.mlp.up_proj.weight" in refusal(folder)
 
 
 def test_the_report_is_there_for_those_who_ask(folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from parscale import InputError, StreamsConfig, parallelize
-from tests.contract.conftest import Case
+from tests.contract.conftest import Case, parallelized
 from tests.contract.reference import truth
 
 
@@ -32,6 +32,21 @@ def test_round_trip(case: Case, ids: Tensor, tmp_path: Path, settings: dict[str,
     default = AutoModelForCausalLM.from_pretrained(tmp_path)
     if default.config._attn_implementation.removeprefix("parscale|") in case.family.backends:
         truth(case.plain, model, ids).close(default(ids).logits)
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_the_hub_keeps_its_weights(case: Case, ids: Tensor, tmp_path: Path) -> None:
+    """The format on the hub is not that of a model in memory: mixtures have a tensor for each expert there."""
+    case.plain.save_pretrained(tmp_path / "plain")
+    model = parallelized(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain", attn_implementation=case.backend), streams=2
+    )
+    model.save_pretrained(tmp_path / "streams")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "streams", attn_implementation=case.backend)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    given = type(model).from_pretrained(tmp_path / "plain", parscale_n=2)
+    held = given.state_dict()
+    assert all(torch.equal(held[name], tensor) for name, tensor in case.plain.state_dict().items())
 
 
 def test_config_on_disk(case: Case, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from parscale.streams.diversify.projections import by_stream
 from parscale.streams.generation import StreamsGeneration
 from parscale.streams.merge import merge
 from parscale.streams.order import divide_tail, duplicate, duplicate_mask, duplicate_positions, split
-from parscale.streams.tensors import belongs_to_streams, check_readable, refuse, stream_tensors
+from parscale.streams.tensors import belongs_to_streams, check_readable, refuse
 
 
 def check_attention(model: PreTrainedModel, implementation: str) -> str:
@@ -178,7 +178,8 @@ class StreamsForCausalLM(StreamsGeneration, _HasStreams):
         plain checkpoint is given streams by keyword (`parscale_n=4`); `parallelize` starts them better.
 
         Raises:
-            InputError: stream tensors that are missing, unexpected or of another shape; a corrupt safetensors file.
+            InputError: tensors that are missing, stream tensors that are unexpected or of another shape; a corrupt
+                safetensors file.
         """
         source = pretrained_model_name_or_path
         if source is not None:
@@ -189,12 +190,12 @@ class StreamsForCausalLM(StreamsGeneration, _HasStreams):
             )
         except SafetensorError as error:
             raise InputError(f"{source}: a corrupt or cut short safetensors file, fetch it again ({error})") from None
-        missing = set(filter(belongs_to_streams, info["missing_keys"]))
+        missing = set(info["missing_keys"])
         if model.config.model_type != cls.config_class.model_type:  # type: ignore[attr-defined]
             # A plain checkpoint, loaded with `parscale_n=…`: its config keeps the base's model_type, and its streams
             # are those that `_init_weights` started.
             model.config.model_type = cls.config_class.model_type  # type: ignore[attr-defined]
-            missing -= stream_tensors(model).keys()
+            missing = {name for name in missing if not belongs_to_streams(name)}
         refuse(
             source,
             missing=missing,

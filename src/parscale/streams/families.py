@@ -15,6 +15,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from parscale.config import StreamsConfig, as_written
@@ -59,6 +63,10 @@ def register_family(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTr
     lm_class = _lm_class(plain_lm, stem, config_class)
     AutoConfig.register(config_class.model_type, config_class)
     AutoModelForCausalLM.register(config_class, lm_class)
+    # A hub checkpoint of a mixture has a tensor for each expert, which transformers stacks for the classes it knows.
+    conversions = get_checkpoint_conversion_mapping(plain_lm.__name__) or get_checkpoint_conversion_mapping(model_type)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(lm_class.__name__, conversions, overwrite=True)
     return config_class, lm_class
 
 
