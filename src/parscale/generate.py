@@ -39,15 +39,15 @@ def complete(
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise InputError("the prompt is empty; give at least one token of text")
-    if streams is not None:
-        if not has_streams(model):
-            raise InputError(f"streams={streams}: {type(model).__name__} has no streams")
-        model.set_streams(streams)
+    if streams is not None and not has_streams(model):
+        raise InputError(f"streams={streams}: {type(model).__name__} has no streams")
+    chosen = {} if streams is None else {"streams": streams}
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     ids = model.generate(
         **inputs,
         **sampling,
+        **chosen,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=streamer,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
@@ -31,7 +32,7 @@ def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> A
             base in other bits, or the package for the quantisation is not there.
     """
     folder = Path(name)
-    if not (folder / "config.json").exists() and any((folder / file).exists() for file in (MANIFEST, LORA)):
+    if _holds_adapters(folder):
         return _load_adapters(folder, quantize, options)
     try:
         family = str(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
@@ -44,7 +45,7 @@ def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> A
         raise
     except SafetensorError as error:
         raise InputError(f"model {str(name)!r}: its safetensors file is damaged ({first_line(error)})") from None
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, StrictDataclassError) as error:
         raise InputError(f"model {str(name)!r} cannot be loaded: {first_line(error)}") from None
 
 
@@ -65,6 +66,10 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _holds_adapters(folder: Path) -> bool:
+    return not (folder / "config.json").exists() and any((folder / file).exists() for file in (MANIFEST, LORA))
+
+
 def _load_adapters(folder: Path, asked: str, options: dict[str, Any]) -> Any:
     try:
         facts = {file: json.loads((folder / file).read_text()) for file in (MANIFEST, LORA) if (folder / file).exists()}
@@ -78,6 +83,8 @@ def _load_adapters(folder: Path, asked: str, options: dict[str, Any]) -> Any:
             f"quantize={asked!r} with model {str(folder)!r}: its base was in {quantize!r} in training; leave "
             "quantize out, or give the same"
         )
+    if not isinstance(base, str) or _holds_adapters(Path(base)):
+        raise InputError(f"model {str(folder)!r}: its base {base!r} is not a model")
     model = load_model(base, quantize=quantize, **options)
     if MANIFEST in facts:
         model = load_streams(model, folder, TRAINED if has_streams(model) else DEFAULT)

@@ -123,7 +123,8 @@ def _gradient_share(model: Any, input_ids: Tensor) -> list[float]:
     if not banks:
         return []
     loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-    squares = sum(g[:p].flatten(1).square().sum(1) for g in torch.autograd.grad(loss, banks))
+    gradients = torch.autograd.grad(loss, banks, allow_unused=True)  # a prefix generator stands in for its banks
+    squares = sum(g[:p].flatten(1).square().sum(1) for g in gradients if g is not None)
     return (squares / squares.sum()).tolist()  # type: ignore[union-attr]
 
 

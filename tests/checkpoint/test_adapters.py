@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import parscale
 from parscale import InputError, StreamsConfig
+from parscale.load import load_model
 from parscale.streams.checkpoint import base_identity
 from tests.small import build, greedy, uncached, with_streams
 
@@ -283,6 +285,39 @@ def test_damage_is_told_in_one_line(damage: Any, words: str, broken: Path) -> No
     with pytest.raises(InputError, match=words) as refused:
         parscale.load_streams(build(), broken)
     assert "\n" not in str(refused.value)
+
+
+def test_a_refused_set_changes_nothing(saved: dict[int, Path], broken: Path, ids: Tensor) -> None:
+    """Neither a plain model nor one with streams is half changed."""
+    tensors = load_file(broken / "streams.safetensors")
+    save_file({name: tensor.int() for name, tensor in tensors.items()}, broken / "streams.safetensors")
+    plain, kind = build(), type(build())
+    expected = logits(plain, ids)
+    with pytest.raises(InputError, match="is no floating point tensor"):
+        parscale.load_streams(plain, broken)
+    assert type(plain) is kind
+    assert torch.equal(logits(plain, ids), expected)
+
+    model = parscale.load_streams(build(), saved[8], "vectors")
+    parscale.load_streams(model, saved[2], "prefixes")
+    parscale.use_streams(model, "vectors")
+    expected = logits(model, ids)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(InputError, match="cannot carry the streams' prefix"):
+        parscale.use_streams(model, "prefixes")
+    model.config._attn_implementation = "sdpa"
+    assert model.streams == 8
+    assert torch.equal(logits(model, ids), expected)
+
+
+def test_adapters_of_a_base_that_is_no_model(saved: dict[int, Path], tmp_path: Path) -> None:
+    for base in (str(tmp_path), 7):
+        shutil.copytree(saved[2], tmp_path, dirs_exist_ok=True)
+        manifest = json.loads((tmp_path / "streams.json").read_text())
+        manifest["base"]["name"] = base
+        (tmp_path / "streams.json").write_text(json.dumps(manifest))
+        with pytest.raises(InputError, match="is not a model"):
+            load_model(tmp_path)
 
 
 def test_what_cannot_be_saved_or_used() -> None:

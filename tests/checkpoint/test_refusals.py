@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from parscale import InputError
+from parscale.load import load_model
 from tests.small import build, with_streams
 
 Tensors = dict[str, torch.Tensor]
@@ -84,6 +85,29 @@ def test_weights_of_the_base_are_there_too(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=True)
     change(folder, lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
     assert "lacks model.layers.0.mlp.up_proj.weight" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": "x"}, "cannot be loaded"),
+        ({"parscale": {"prefix_shapes": [1]}}, "parscale.prefix_shapes="),
+        ({"parscale": {"prefix_shapes": {"layers.9.self_attn": [2, 8, 8]}}}, "parscale.prefix_shapes="),
+        ({"parscale": {"prefix_shapes": {"layers.0.self_attn": [2, "8", 8]}}}, "parscale.prefix_shapes="),
+    ],
+)
+def test_settings_that_make_no_model(folder: Path, changes: dict[str, Any], said: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(InputError, match=said) as refused:
+        load_model(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_config_that_is_a_list(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(folder)
 
 
 def test_the_report_is_there_for_those_who_ask(folder: Path) -> None:

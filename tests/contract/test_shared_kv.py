@@ -12,6 +12,7 @@ from parscale.streams.kv import KEYS_AND_VALUES
 from tests.contract.conftest import B, Case, P, T
 from tests.contract.reference import _AllInFloat64, truth
 from tests.contract.test_generation import NEW, argmax_loop
+from tests.small import build, with_streams
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "prefix": {},
@@ -193,6 +194,33 @@ def test_checkpoint_round_trip(case: Case, ids: Tensor, tmp_path: Any) -> None:
     assert again.base_model.stream_state.config == model.base_model.stream_state.config
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_layers_with_attention_and_a_recurrent_state_are_refused() -> None:
+    state = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    with pytest.raises(InputError, match="beside attention its layers keep a recurrent state"):
+        parallelize(build("falcon_h1", **state), StreamsConfig(2, kv="shared"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("diversify", [("prefix", "lora"), ("rank1",)])
+def test_a_prompt_through_a_mixture_that_flattens_its_rows(ids: Tensor, diversify: tuple[Any, ...]) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    plain = build("qwen2_moe", **experts, shared_expert_intermediate_size=16)
+    model = with_streams(plain, kv="shared", diversify=diversify)
+    expected = model(ids).logits[:, -1]
+    found = model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[:, -1]
+    torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def test_a_prompt_while_prefixes_are_made_by_a_generator(ids: Tensor) -> None:
+    model = with_streams(build(), kv="shared", diversify=("prefix", "lora"), prefix_init="reparameterized")
+    for parameter in model.base_model.prefix_generator.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    expected = model(ids).logits[:, -1]
+    found = model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[:, -1]
+    torch.testing.assert_close(found, expected)
 
 
 def test_recurrent_layers_are_refused(trained_case: Case) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from parscale import InputError
+from parscale import HardTokens, InputError
 from tests.small import CONTEXT, build, greedy, uncached, with_streams
 
 
@@ -136,6 +136,17 @@ def test_a_p_for_each_row(ids: Tensor, kv: str) -> None:
         assert torch.equal(beams[i][None], greedy(narrow, row, num_beams=2, use_cache=False))
     assert model.streams == 4
     assert model.base_model.stream_state.present is None
+
+
+def test_a_p_for_each_row_needs_as_many_as_rows(ids: Tensor) -> None:
+    model = with_streams(build(), kv="shared", diversify=("prefix", "lora"))
+    for asked in ([4, 1], [4, 1, 2, 2, 2, 2]):
+        with pytest.raises(InputError, match=f"for {len(ids)} prompts: give one number for each"):
+            greedy(model, ids, streams=asked)
+    for asked in ([3, 1, 2], HardTokens(1.0, 3)):
+        model.set_streams(asked)
+        with pytest.raises(InputError, match="continuous batching runs one p for all requests"):
+            model.generate_batch(ids.tolist())
 
 
 @torch.no_grad()

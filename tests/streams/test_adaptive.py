@@ -56,6 +56,20 @@ def test_generates_each_token_at_its_own_p(model: Any, ids: Tensor) -> None:
     assert torch.equal(model.generate(ids, **options), expected)
 
 
+def test_several_tokens_at_once_each_have_their_own_p(model: Any, ids: Tensor) -> None:
+    """As in prompt lookup and assisted decoding, whose drafts are checked together."""
+    with torch.no_grad():
+        by_p = {p: model.with_streams(p)(ids).logits for p in (1, 3)}
+        hard = HardTokens(entropy=prediction_entropy(by_p[1]).median().item(), streams=3)
+        model.set_streams(hard)
+        expected = torch.where((prediction_entropy(by_p[1]) > hard.entropy)[..., None], by_p[3], by_p[1])
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+        torch.testing.assert_close(model(ids).logits, expected)
+        for refused in ({"labels": ids}, {"return_dict": False}):
+            with pytest.raises(InputError, match="hard tokens have no loss, and no tuple"):
+                model(ids, **refused)
+
+
 def test_losses_between_one_stream_and_all(model: Any, ids: Tensor) -> None:
     rows = adaptive_losses(model, ids, shares=(0.0, 0.5, 1.0))
     losses = {}

@@ -1,6 +1,9 @@
-"""The thirteen ways in which streams went wrong inside transformers, each with the test that fails without its fix."""
+"""The ways in which streams went wrong inside transformers, each with the test that fails without its fix."""
 
+import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from parscale import StreamsConfig
+from parscale import InputError, StreamsConfig, load_streams, parallelize, save_streams
 from parscale.streams import families
 from parscale.streams.aggregate import AggregationHead
 from parscale.streams.attention import attend
@@ -222,3 +226,50 @@ class RecordingCache:
 def test_13_a_padded_batch_takes_its_positions_from_the_mask(ids: Tensor, backend: str) -> None:
     """RoPE is relative and forgives an offset; the prefix stands still, and does not."""
     check_left_padded(make_case("qwen2", backend).model, ids)
+
+
+@pytest.mark.parametrize("diversify", [("prefix",), ("prefix", "lora")])
+def test_14_streams_that_change_before_a_recomputing_backward_pass_are_refused(
+    ids: Tensor, diversify: tuple[Any, ...]
+) -> None:
+    model = qwen2().build(diversify=diversify).train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.set_streams(1)
+    loss = model(ids, labels=ids).loss
+    model.set_streams(2)
+    with pytest.raises(InputError, match=r"call backward\(\) before set_streams"):
+        loss.backward()
+
+
+def test_15_models_of_one_config_object_keep_their_own(ids: Tensor, tmp_path: Path) -> None:
+    plain = qwen2().plain
+    config = copy.deepcopy(plain.config)
+    one, other = type(plain)(config).eval(), type(plain)(config).eval()
+    parallelize(one, StreamsConfig(streams=2, prefix_tokens=3))
+    assert one.config is not config
+    assert all(m.config is one.config for m in one.modules() if getattr(m, "config", None) is not None)
+    assert (type(other.config), other.config.model_type) == (type(plain.config), "qwen2")
+    before = other(ids).logits
+    other.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, before)
+    parallelize(other, StreamsConfig(streams=4))
+    assert (one.streams, other.streams) == (2, 4)
+    save_streams(one, tmp_path / "streams")
+    third = type(plain)(config)
+    third.load_state_dict(one.state_dict(), strict=False)
+    load_streams(third, tmp_path / "streams")
+    assert type(config) is type(plain.config)
+
+
+@torch.no_grad()
+def test_16_a_second_width_does_not_call_the_first_ones_compiled_code(ids: Tensor) -> None:
+    model = qwen2().build()
+    model._compiled_call, model._last_compile_config = model.__call__, None
+    assert not {"_compiled_call", "_last_compile_config"} & vars(model.with_streams(1)).keys()
+
+
+def test_17_pickle_finds_the_classes_in_a_new_process(tmp_path: Path) -> None:
+    torch.save(qwen2().build(), tmp_path / "model.pt")
+    code = f"import parscale, torch; print(torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False).streams)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(P), done.stderr

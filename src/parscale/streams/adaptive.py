@@ -50,19 +50,24 @@ class AdaptiveLoss:
 
 
 def run_hard_rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """After the causal LM ran stream 0 for a decoded token: run all streams if a row is hard, and take theirs there.
+    """After the causal LM ran stream 0: run all streams if a token is hard, and take their prediction there.
 
     Raises:
-        InputError: a cache that cannot give back its last token.
+        InputError: a cache that cannot give back its last tokens, labels, or an output that is a tuple.
     """
     state = model.base_model.stream_state
     if state.hard is None or torch.is_grad_enabled():
         return None
-    hard = prediction_entropy(output.logits[:, -1]) > state.hard.entropy  # (B,)
+    if kwargs.get("labels") is not None or isinstance(output, tuple):
+        raise InputError("hard tokens have no loss, and no tuple of outputs: leave out labels and return_dict=False")
+    hard = prediction_entropy(output.logits) > state.hard.entropy  # (B, T)
     if not hard.any():
         return None
     cache = output.past_key_values
-    tokens = (kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]).shape[1]
+    given = kwargs.get("inputs_embeds")
+    if given is None:
+        given = args[0] if args else kwargs["input_ids"]
+    tokens = given.shape[1]
     if cache is not None:
         if any(cache.is_sliding) or cache.is_compileable:
             raise InputError("hard tokens need a cache that can be cropped: a DynamicCache without sliding windows")
@@ -73,7 +78,7 @@ def run_hard_rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
             again = model(*args, **kwargs | {"past_key_values": cache})
     finally:
         state.hard = threshold
-    output.logits = torch.where(hard[:, None, None], again.logits, output.logits)
+    output.logits = torch.where(hard[..., None], again.logits, output.logits)
     output.past_key_values = again.past_key_values
     return output
 

@@ -46,6 +46,7 @@ class StreamState:
         present: (p, B), which of the active streams count in which row of the batch; None if all do in all.
         tail: while stream 0 reads a prompt: how many other streams run over its last token in the same pass, behind it
             in the sequence.
+        batch: the B rows of that pass, for modules that flatten (B, T) into one dimension.
         hard: when to run more than the active streams for a token; None if never.
         smoothing: ε now; training may start with another than the model's own.
         observer: called with the streams' final hidden states (p, B, T, d) and weights (p, B, T), before they merge.
@@ -59,6 +60,7 @@ class StreamState:
         self.merging = True
         self.present: Tensor | None = None
         self.tail = 0
+        self.batch = 0
         self.hard: HardTokens | None = None
         self.smoothing = config.smoothing
         self.observer: Callable[[Tensor, Tensor], None] | None = None
@@ -78,12 +80,16 @@ class StreamState:
 def prefix_of(module: Any) -> tuple[Tensor, Tensor] | None:
     """The active streams' prefix of one attention module, (p, H, n, Dk) and (p, H, n, Dv), or (1, …) if it is one for
     all; None if it has none."""
+    return _prefix(module, module.stream_state.own)
+
+
+def _prefix(module: Any, streams: slice) -> tuple[Tensor, Tensor] | None:
     if getattr(module, "prefix_k", None) is None:
         return None
-    state = module.stream_state
+    generator = module.stream_state.generator
     # Made in the layer itself: reentrant checkpointing frees whatever graph it reaches from within one.
-    keys, values = state.generator(module.layer_idx) if state.generator else (module.prefix_k, module.prefix_v)
-    return keys[state.own], values[state.own]
+    keys, values = generator(module.layer_idx) if generator else (module.prefix_k, module.prefix_v)
+    return keys[streams], values[streams]
 
 
 def attend(
@@ -176,10 +182,9 @@ def _attend_with_tail(
         out, _ = attend(module, prompt.transpose(1, 2), key, value, mask, *args, implementation="sdpa", **kwargs)
     finally:
         state.tail = tail
-    prefix = None
-    if getattr(module, "prefix_k", None) is not None:
-        others = slice(0, 1) if state.config.shared_prefix else slice(1, 1 + tail)
-        prefix = module.prefix_k[others].to(key.dtype), module.prefix_v[others].to(value.dtype)
+    prefix = _prefix(module, slice(0, 1) if state.config.shared_prefix else slice(1, 1 + tail))
+    if prefix is not None:
+        prefix = prefix[0].to(key.dtype), prefix[1].to(value.dtype)
     of_last = None if mask is None else mask[..., -1:, :]
     key, value = key[:, :, :seen], value[:, :, :seen]
     behind = kv.decode(last.transpose(1, 2), key, value, prefix, of_last, kwargs.get("scaling"), tail)

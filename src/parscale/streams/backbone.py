@@ -3,6 +3,7 @@
 Two mixins, put in front of a model's own classes (see families.py): one for the backbone, one for the causal LM.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,9 @@ class StreamsBackbone(_HasStreams):
             return_dict=True,
             **kwargs,
         )
+        hidden = output.last_hidden_state
+        if self.training and hidden.requires_grad and getattr(self, "gradient_checkpointing", False):
+            hidden.register_hook(partial(_check_streams, self.stream_state, self.stream_state.active))
         if tail := self.stream_state.tail:
             prompt, last = divide_tail(output.last_hidden_state, tail)
             output.last_hidden_state = self._merge(torch.cat([prompt[None, :, -1:], split(last, tail)]))
@@ -211,8 +215,18 @@ class StreamsForCausalLM(StreamsGeneration, _HasStreams):
         backbone: Any = self.base_model  # type: ignore[attr-defined]
         if backbone.prefix_generator is not None:
             backbone.write_generated_prefixes()
-            state_dict = {k: v for k, v in self.state_dict().items() if ".prefix_generator." not in k}  # type: ignore[attr-defined]
+            whole = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
+            state_dict = {k: v for k, v in whole.items() if ".prefix_generator." not in k}
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
+
+
+def _check_streams(state: StreamState, ran: int, gradient: Tensor) -> None:
+    """In the backward pass: the layers that run again must run as many streams as before."""
+    if state.active != ran:
+        raise InputError(
+            f"streams={state.active} in the backward pass of a forward pass with {ran}, under gradient checkpointing: "
+            "call backward() before set_streams()"
+        )
 
 
 def has_streams(model: Any) -> bool:

@@ -24,7 +24,7 @@ from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.streams.attention import TAG
 from parscale.streams.backbone import StreamsForCausalLM, check_attention, streams_of
-from parscale.streams.families import SUFFIX, give_streams, register_family, remove_streams
+from parscale.streams.families import SUFFIX, give_streams, own_config, register_family, remove_streams
 from parscale.streams.parallelize import check_model
 from parscale.streams.tensors import belongs_to_streams, check_readable, check_shapes, stream_tensors
 
@@ -95,13 +95,14 @@ def load_streams(
         raise InputError(f"name={name!r} is taken; this model holds {sorted(held)}, give another")
     _check_base(model, manifest, source)
     entries = {key: manifest["config"].get(key) for key in _ENTRIES}
-    check_shapes(_expected(model, entries), {key: tensor.shape for key, tensor in found.items()}, source)
+    check_shapes(_expected(model, entries, source), {key: tensor.shape for key, tensor in found.items()}, source)
+    _check_attention(model, entries)
+    adapter = Adapter(entries, {key: nn.Parameter(tensor) for key, tensor in found.items()})
     if not isinstance(model, StreamsForCausalLM):
         config_class, model_class = register_family(model.config.model_type)
-        model.config.__class__ = config_class
+        own_config(model).__class__ = config_class
         model.__class__ = model_class
         model.base_model.stream_adapters = {}  # type: ignore[assignment]
-    adapter = Adapter(entries, {key: nn.Parameter(tensor) for key, tensor in found.items()})
     model.base_model.stream_adapters[name] = adapter  # type: ignore[index]
     _install(model, adapter)
     return model
@@ -119,6 +120,7 @@ def use_streams(model: PreTrainedModel, name: str | None) -> None:
     if name is not None and name not in held:
         raise InputError(f"name={name!r} is not among the streams that this model holds: {sorted(held)}")
     if name is not None:
+        _check_attention(model, held[name].entries)
         _install(model, held[name])
     elif held:
         _install(model, Adapter({"parscale": None} | _PLAIN.to_json(), {}))
@@ -177,7 +179,10 @@ def _read(source: str | os.PathLike[str], revision: str | None) -> tuple[dict[st
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{paths[0]}: not what save_streams writes ({error!r})") from None
     check_readable(paths[1:])
-    return manifest, load_file(paths[1])
+    tensors = load_file(paths[1])
+    if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise InputError(f"{paths[1]}: {wrong[0]} is no floating point tensor; not what save_streams writes")
+    return manifest, tensors
 
 
 def _find(source: str | os.PathLike[str], file: str, revision: str | None) -> Path:
@@ -195,13 +200,22 @@ def _find(source: str | os.PathLike[str], file: str, revision: str | None) -> Pa
         ) from None
 
 
-def _expected(model: PreTrainedModel, entries: dict[str, Any]) -> dict[str, torch.Size]:
+def _expected(model: PreTrainedModel, entries: dict[str, Any], source: object) -> dict[str, torch.Size]:
     """The stream tensors that a checkpoint with these entries has, from a model without memory."""
     config_class, model_class = register_family(_plain_type(model))
     config = config_class.from_dict(model.config.to_dict() | entries)
-    with torch.device("meta"):
-        skeleton = model_class(config)
+    try:
+        with torch.device("meta"):
+            skeleton = model_class(config)
+    except RuntimeError as error:
+        raise InputError(f"{source}: its settings make no model ({str(error).splitlines()[0]})") from None
     return {name: parameter.shape for name, parameter in stream_tensors(skeleton).items()}
+
+
+def _check_attention(model: Any, entries: dict[str, Any]) -> None:
+    """Before anything is changed: streams that enter attention need one that carries a prefix."""
+    if StreamsConfig.from_json(entries).enters_attention:
+        check_attention(model, model.config._attn_implementation)
 
 
 def _install(model: Any, adapter: Adapter) -> None:

@@ -5,11 +5,13 @@ with `AutoModelForCausalLM.from_pretrained` and nothing but `import parscale`. A
 module, where pickle finds it.
 """
 
+import copy
 from typing import Any
 
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -61,6 +63,9 @@ def register_family(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTr
         return globals()[f"{stem}Config"], globals()[f"{stem}ForCausalLM"]
     config_class = _config_class(plain_config, stem, model_type + SUFFIX)
     lm_class = _lm_class(plain_lm, stem, config_class)
+    plain: Any = MODEL_MAPPING.get(plain_config, None)
+    if plain is not None:  # pickle asks for it before a model of the family is made
+        _backbone_class(plain, config_class)
     AutoConfig.register(config_class.model_type, config_class)
     AutoModelForCausalLM.register(config_class, lm_class)
     # A hub checkpoint of a mixture has a tensor for each expert, which transformers stacks for the classes it knows.
@@ -78,10 +83,7 @@ def give_streams(model: Any) -> None:
     """
     config, backbone = model.config, model.base_model
     settings = StreamsConfig.from_json(vars(config))
-    name = type(config).__name__.removesuffix("Config") + "Model"
-    if name not in globals():
-        _publish(type(name, (StreamsBackbone, type(backbone)), {"config_class": type(config), "__module__": __name__}))
-    backbone.__class__ = globals()[name]
+    backbone.__class__ = _backbone_class(type(backbone), type(config))
     for swapped in (model, backbone):  # output_hidden_states and the like are looked up by the class's name
         _CAN_RECORD_REGISTRY.update({str(type(swapped)): swapped._can_record_outputs})
     backbone.stream_state = StreamState(settings)
@@ -95,6 +97,15 @@ def give_streams(model: Any) -> None:
         kv.attach(model, list(shapes_from_config(model)))
     hidden_size = model.get_input_embeddings().embedding_dim
     backbone.aggregate_layer = AggregationHead(settings.streams, hidden_size, **place) if settings.has_head else None
+
+
+def own_config(model: Any) -> Any:
+    """The model's config, from now on its own: other models may be made from the same object, and must not change."""
+    before, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if vars(module).get("config") is before:
+            module.config = own
+    return own
 
 
 def remove_streams(model: Any) -> None:
@@ -142,6 +153,13 @@ def _lm_class(plain: type[PreTrainedModel], stem: str, config_class: type[PreTra
         "__module__": __name__,
     }
     return _publish(type(f"{stem}ForCausalLM", (StreamsForCausalLM, plain), body))
+
+
+def _backbone_class(plain: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    name = config_class.__name__.removesuffix("Config") + "Model"
+    if not issubclass(globals().get(name, type(None)), plain):
+        _publish(type(name, (StreamsBackbone, plain), {"config_class": config_class, "__module__": __name__}))
+    return globals()[name]
 
 
 def _publish(made: type) -> Any:

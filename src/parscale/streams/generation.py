@@ -62,6 +62,11 @@ class StreamsGeneration:
         shared = [*self.parameters(), *self.buffers(), self.base_model.stream_adapters]  # type: ignore[attr-defined]
         kept = getattr(self, KEPT, None)
         other = copy.deepcopy(self, {id(one): one for one in shared} | {id(kept): None})
+        for compiled in (
+            "_compiled_call",
+            "_last_compile_config",
+        ):  # transformers keeps there a call of this very model
+            vars(other).pop(compiled, None)
         other.set_streams(streams)
         return other
 
@@ -79,16 +84,19 @@ class StreamsGeneration:
             streams: p for this call alone; or a list, a p for each prompt; or `HardTokens`.
 
         Raises:
-            InputError: `streams` is not from 1 to P, or the prompt is longer than the model's context.
+            InputError: `streams` is not from 1 to P, or there is not one for each prompt; the prompt is longer than the
+                model's context.
         """
-        for prompt in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
-            if prompt is not None:
-                self._check_length(prompt.shape[1])
+        given = [one for one in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if one is not None]
+        for prompt in given:
+            self._check_length(prompt.shape[1])
+            if isinstance(streams, Sequence) and len(streams) != prompt.shape[0]:
+                raise InputError(f"streams={streams!r} for {prompt.shape[0]} prompts: give one number for each")
         with self._running(streams):
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def generate_batch(self, inputs: list[list[int]], *args: Any, streams: int | None = None, **kwargs: Any) -> Any:
-        """transformers' own continuous batching over a paged cache. `streams` and errors as in `generate`."""
+        """transformers' own continuous batching over a paged cache. `streams`: one number; errors as in `generate`."""
         for prompt in inputs:
             self._check_length(len(prompt))
         with self._running(streams):
@@ -98,8 +106,12 @@ class StreamsGeneration:
         """transformers' own. The manager runs p streams as they are now; a later `set_streams` does not reach it.
 
         Raises:
-            InputError: a manager kept from before runs another p, or this model cannot be batched so.
+            InputError: a manager kept from before runs another p, several p are asked for, or this model cannot be
+                batched so.
         """
+        state = self.base_model.stream_state
+        if state.present is not None or state.hard is not None:
+            raise InputError("continuous batching runs one p for all requests; give streams as one integer")
         if self.base_model.stream_state.config.is_plain:
             return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
         kept = getattr(self, KEPT, None)

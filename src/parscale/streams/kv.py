@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from parscale.errors import InputError
 from parscale.streams.adaptive import run_hard_rows
@@ -60,6 +61,11 @@ def check(model: Any, calibration: Calibration) -> None:
         raise InputError(
             f"{type(model).__name__}: only {len(calibration.layers)} of its {layers} layers attend to keys and values, "
             "the others keep a state of their own for every stream; use kv='own'"
+        )
+    if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers):
+        raise InputError(
+            f"{type(model).__name__}: beside attention its layers keep a recurrent state, of another value for every "
+            "stream; use kv='own'"
         )
 
 
@@ -150,6 +156,7 @@ def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, 
         or not 0 < keep < inputs.shape[1]
         or not (kwargs.get("use_cache") or cache is not None)
         or others.keys() - _HARMLESS
+        or model.config.output_hidden_states
         or not _is_divisible(mask, cache)
     ):
         return None
@@ -158,7 +165,7 @@ def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, 
     cache = DynamicCache(config=model.config) if cache is None else cache
     in_one_pass = keep == 1 and state.active > 1 and name == "input_ids" and (positions is not None or mask is None)
     if in_one_pass and _keeps_order(model, cache):
-        state.active, state.tail = 1, state.active - 1
+        state.active, state.tail, state.batch = 1, state.active - 1, inputs.shape[0]
         return args, kwargs | _with_tail(inputs, mask, positions, cache, state.tail)
     before, last = slice(None, -keep), slice(-keep, None)
     with model._running(1):

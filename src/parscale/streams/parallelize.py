@@ -29,7 +29,7 @@ from parscale.streams.diversify.calibration import (
     own_text,
     random_tokens,
 )
-from parscale.streams.families import give_streams, register_family
+from parscale.streams.families import give_streams, own_config, register_family
 
 RECORD = "parscale-record|"
 
@@ -119,6 +119,8 @@ def check_model(model: Any) -> str:
         raise InputError(f"{name} is an encoder-decoder; streams need a decoder-only causal language model")
     if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None) is not type(model):
         raise InputError(f"{name} is not a causal language model of transformers; load it with AutoModelForCausalLM")
+    if model.config.get_text_config() is not model.config:
+        raise InputError(f"{name} reads more than text; streams need a causal language model of text alone")
     if any(p.is_meta for p in model.parameters()):
         raise InputError(f"{name} has parameters on the meta device; load its weights before giving it streams")
     implementation: Any = model.config._attn_implementation
@@ -129,7 +131,7 @@ def check_model(model: Any) -> str:
 def _rewrite_config(
     model: PreTrainedModel, config: StreamsConfig, config_class: type, statistics: Mapping[str, LayerStatistics]
 ) -> None:
-    model.config.__class__ = config_class
+    own_config(model).__class__ = config_class
     for key, value in ({"parscale": None} | config.to_json()).items():
         setattr(model.config, key, value)
     shapes = {name: layer.shape for name, layer in statistics.items()}

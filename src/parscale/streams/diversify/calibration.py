@@ -100,6 +100,8 @@ def own_text(model: Any) -> Int[Tensor, "b t"]:
     ids = random_tokens(model, rows=8, length=128)
     length, ids = ids.shape[1], ids[:, :1]
     start = model.generation_config.bos_token_id
+    if start is not None and start >= model.config.vocab_size:  # a default of the family's, of another vocabulary
+        start = None
     if start is not None:
         ids[::2] = start
     step, cache = ids, None

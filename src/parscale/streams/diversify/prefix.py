@@ -32,14 +32,38 @@ def shapes_from_config(model: Any) -> dict[str, Shape]:
     config = model.config
     listed = (getattr(config, "parscale", None) or {}).get(PREFIX_SHAPES)
     if listed is not None:
-        return {name: tuple(shape) for name, shape in listed.items()}
+        return _checked(listed, model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = heads, size, size
+    if getattr(config, "kv_lora_rank", None) is not None:  # latent attention makes keys and values for every head
+        shape = config.num_attention_heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
     return {
-        name: (heads, size, size)
+        name: shape
         for name, module in model.base_model.named_modules()
         if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
     }
+
+
+def _checked(listed: Any, model: Any) -> dict[str, Shape]:
+    """What config.json lists, which may be anything.
+
+    Raises:
+        InputError: it is not three whole numbers above 0 for modules that the model has.
+    """
+    known = dict(model.base_model.named_modules())
+    if isinstance(listed, dict) and all(
+        name in known
+        and isinstance(shape, list | tuple)
+        and len(shape) == 3
+        and all(isinstance(size, int) and size > 0 for size in shape)
+        for name, shape in listed.items()
+    ):
+        return {name: tuple(shape) for name, shape in listed.items()}
+    raise InputError(
+        f"parscale.{PREFIX_SHAPES}={listed!r} is not accepted; give three whole numbers for attention modules of "
+        f"{type(model).__name__}"
+    )
 
 
 def check(model: Any, calibration: Calibration) -> None:

@@ -61,6 +61,9 @@ def by_stream(
     stream 0's rows the first ones given as they are. Where the last token of other streams stands behind stream 0's
     prompt, each part gets its own."""
     own, plain = state.own, state.config.plain_first
+    if state.tail and rows[0].ndim == 2:  # a mixture's MLP flattens (B, T)
+        rows = tuple(x.unflatten(0, (state.batch, -1)) for x in rows)
+        return by_stream(function, state, rows, banks).flatten(0, 1)
     if state.tail and len(banks[0]) > 1:
         prompts, last = zip(*(divide_tail(x, state.tail) for x in rows), strict=True)
         others = slice(1, 1 + state.tail)
