@@ -1,4 +1,5 @@
-"""Completing a prompt: what `parscale generate` and the demo call. All of `model.generate` is there besides."""
+"""Completing a prompt: what `parscale generate` and the demo call, and what ends a text. All of `model.generate` is there
+besides."""
 
 from typing import Any
 
@@ -53,3 +54,11 @@ def complete(
         streamer=streamer,
     )
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: those of the model's generation_config, or else the tokenizer's; maybe none."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        ends = tokenizer.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -178,6 +179,31 @@ def test_shapes_by_size_config_and_folder(tmp_path: Path) -> None:
     assert shape_of(tmp_path) == Shape(64, 160, 2, 4, 2, 32, 1000, untied=True, bias=False)
 
 
+@pytest.mark.parametrize(
+    ("config", "untied"),
+    [
+        ({"model_type": "llama"}, True),
+        ({"model_type": "qwen2_parscale"}, True),
+        ({"model_type": "gemma2"}, False),
+        ({"model_type": "of tomorrow"}, True),
+        ({}, True),
+        ({"model_type": "gemma2", "tie_word_embeddings": False}, True),
+        ({"model_type": "llama", "tie_word_embeddings": True}, False),
+    ],
+    ids=str,
+)
+def test_a_head_that_is_not_said_to_be_tied_is_as_its_family_has_it(
+    config: dict[str, Any], untied: bool, tmp_path: Path
+) -> None:
+    unsaid = {key: value for key, value in QWEN.items() if key not in ("model_type", "tie_word_embeddings")}
+    (tmp_path / "config.json").write_text(json.dumps(unsaid | config))
+    assert shape_of(tmp_path).untied is untied
+    outer = {key: value for key, value in config.items() if key == "tie_word_embeddings"}
+    inner = {key: value for key, value in config.items() if key != "tie_word_embeddings"}
+    (tmp_path / "config.json").write_text(json.dumps(outer | {"text_config": unsaid | inner}))
+    assert shape_of(tmp_path).untied is untied
+
+
 def test_the_shape_of_a_config_has_the_models_parameters(tmp_path: Path) -> None:
     """Against a model built by transformers, with streams put on it by this library."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -254,6 +280,16 @@ def test_bad_workloads(change: dict, said: str) -> None:
         (QWEN | {"num_local_experts": 8}, "mixture of experts"),
         ({"n_embd": 64}, "no 'hidden_size'"),
         ({k: v for k, v in QWEN.items() if k != "rms_norm_eps"}, "no 'rms_norm_eps'"),
+        (QWEN | {"intermediate_size": [160, 160]}, r"intermediate_size is \[160, 160\]; an integer of at least 1"),
+        (QWEN | {"hidden_size": "64"}, "hidden_size is '64'"),
+        (QWEN | {"vocab_size": None}, "vocab_size is None"),
+        (QWEN | {"num_hidden_layers": True}, "num_hidden_layers is True"),
+        (QWEN | {"num_attention_heads": 0}, "num_attention_heads is 0"),
+        (QWEN | {"num_key_value_heads": [2]}, r"num_key_value_heads is \[2\]"),
+        (QWEN | {"head_dim": -8}, "head_dim is -8"),
+        (QWEN | {"text_config": None}, "text_config is None; an object is needed"),
+        (QWEN | {"model_type": None}, "model_type is None; a text is needed"),
+        (QWEN | {"tie_word_embeddings": None}, "tie_word_embeddings is None; true or false is needed"),
     ],
 )
 def test_models_that_the_formulas_do_not_describe(tmp_path: Path, config: dict, said: str) -> None:

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from parscale.cli import main
 from parscale.errors import InputError
+from parscale.export.onnx import OnnxLogits
 from parscale.export.run import export_model
 from parscale.load import load_tokenizer
 from tests.export.conftest import NEW, greedy, without_prefix_values
+from tests.serve.processes import byte_tokenizer, save, small_model
 
 genai = pytest.importorskip("onnxruntime_genai", reason="the extra 'onnx' is not installed")
 onnx = pytest.importorskip("onnx", reason="the extra 'onnx' is not installed")
@@ -77,6 +80,48 @@ def test_perplexity_of_few_bits(
     graph = onnx.load(str(out / "model.onnx"), load_external_data=False).graph
     products = 2 * 7 + 3  # two layers, the aggregation head and the LM head
     assert sum(node.op_type == "MatMulNBits" for node in graph.node) == (0 if weights == "float32" else products)
+
+
+def stopping(folder: Path, ends: int | list[int] | None, name: str | None) -> Path:
+    """A model of random weights over 258 tokens whose generation_config and tokenizer name stop tokens, or do not."""
+    model, tokenizer = small_model(), byte_tokenizer()
+    model.generation_config.eos_token_id, tokenizer.eos_token = ends, name
+    return save(folder, model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("ends", "name", "written"),
+    [([7, 9], "<end>", [7, 9]), (7, "<end>", [7]), (None, "<end>", [256]), (300, None, [258]), (None, None, [258])],
+    ids=str,
+)
+def test_stop_tokens_are_those_of_serving(
+    ends: int | list[int] | None, name: str | None, written: list[int], tmp_path: Path
+) -> None:
+    """And none is invented: token 258 is one more than the model has, and its logit the lowest number."""
+    out = export_model(stopping(tmp_path / "model", ends, name), tmp_path / "out", engine="onnx").folder
+    assert json.loads((out / "genai_config.json").read_text())["model"]["eos_token_id"] == written
+    assert genai.Tokenizer(genai.Model(str(out))).eos_token_ids.tolist() == written
+    never = OnnxLogits(out)(torch.arange(5))[:, 258:]
+    assert never.shape[1] == (258 in written)
+    assert (never == torch.finfo(torch.float32).min).all()
+
+
+def test_an_answer_ends_with_a_stop_token_and_with_no_other(tmp_path: Path) -> None:
+    def answer(ends: list[int] | None, place: str) -> list[int]:
+        folder = stopping(tmp_path / place / "model", ends, None)
+        model = genai.Model(str(export_model(folder, tmp_path / place / "out", engine="onnx").folder))
+        options = genai.GeneratorParams(model)
+        options.set_search_options(max_length=100, do_sample=False, repetition_penalty=1.5)
+        generator = genai.Generator(model, options)
+        generator.append_tokens(np.array([5, 6, 7, 8], np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        return generator.get_sequence(0)[4:].tolist()
+
+    whole = answer(None, "none")
+    assert len(whole) == 96
+    assert 0 in whole  # which the engine takes for a stop token where none is named
+    assert answer([300, whole[20]], "one") == whole[: whole.index(whole[20])]
 
 
 def test_a_folder_in_use_is_left_alone(trained: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from parscale.cli import main
 from parscale.export.run import export_model
 from parscale.load import load_tokenizer
 from tests.export.conftest import NEW, greedy, without_prefix_values
+from tests.serve.processes import byte_tokenizer, save, small_model
 
 genai = pytest.importorskip("openvino_genai", reason="the extra 'openvino' is not installed")
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
@@ -100,6 +101,21 @@ def test_a_chat_gets_its_placeholders(trained: Path, tmp_path: Path) -> None:
     ids = pipe.get_tokenizer().encode(seen, add_special_tokens=False).input_ids.data[0].tolist()
     placeholders = placeholders_of(tmp_path / "out")
     assert ids == placeholders + tokenizer("import os\n")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "name", "found"),
+    [([7, 9], "<end>", {7, 9}), (None, "<end>", {256}), (None, None, {-1})],
+    ids=str,
+)
+def test_stop_tokens_are_those_of_serving(
+    ends: list[int] | None, name: str | None, found: set[int], tmp_path: Path
+) -> None:
+    model, tokenizer = small_model(), byte_tokenizer()
+    model.generation_config.eos_token_id, tokenizer.eos_token = ends, name
+    save(tmp_path / "model", model, tokenizer)
+    out = export_model(tmp_path / "model", tmp_path / "out", engine="openvino").folder
+    assert pipeline(out, "PA").get_generation_config().stop_token_ids == found
 
 
 @pytest.mark.parametrize(("weights", "worse"), [("float32", 1.0001), ("int8", 1.02), ("int4", 1.3)])

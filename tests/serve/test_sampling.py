@@ -3,7 +3,9 @@
 import torch
 from scipy import stats
 
-from parscale.serve.sampling import Sampling
+from parscale.serve.prompt import samplings_of
+from parscale.serve.sampling import Sampling, seed_of
+from parscale.serve.schema import TextRequest
 
 SCORES = torch.tensor([2.0, 1.5, 0.0, -1.0, 1.0, -3.0])
 DRAWS = 2000
@@ -29,7 +31,9 @@ def test_top_p_keeps_the_token_that_crosses_it() -> None:
     assert {i for i, count in enumerate(counts.tolist()) if count} == kept
     expected = chances[:2] / chances[:2].sum() * DRAWS
     assert stats.chisquare(counts[:2], expected).pvalue > 1e-3
-    assert set(draws(1.0, top_p=1e-6).tolist()) == {0}
+    for tiny in (1e-6, 1e-46, 0.0):  # the second is 0 in float32
+        assert set(draws(1.0, top_p=tiny).tolist()) == {0}
+        assert int(Sampling(1.0, tiny, 0).draw(SCORES.flip(0), 0).argmax()) == 5
 
 
 def test_seeds_and_positions_are_independent() -> None:
@@ -45,3 +49,30 @@ def test_seeds_and_positions_are_independent() -> None:
 
 def test_a_tiny_temperature_takes_the_highest() -> None:
     assert set(draws(1e-5).tolist()) == {0}
+
+
+def test_no_choice_repeats_another_seeds_draws() -> None:
+    """Seeds next to each other, with four choices each; also the seeds that Python's hash takes for the same."""
+    seeds = [-2, -1, 0, 1, 2, 2**61 - 1, 2**61 - 2, -(2**63), 2**63 - 1]
+    asked = [TextRequest(prompt="x", seed=seed) for seed in seeds]
+    drawn = {
+        tuple(int(sampling.draw(SCORES, position).argmax()) for position in range(60))
+        for request in asked
+        for sampling in samplings_of(request, 4)
+        if sampling is not None
+    }
+    assert len(drawn) == 4 * len(seeds)
+
+
+def test_the_first_choice_is_the_one_of_a_request_for_one() -> None:
+    asked = TextRequest(prompt="x", seed=7)
+    assert samplings_of(asked, 3)[0] == samplings_of(asked, 1)[0] == Sampling(1.0, 1.0, 7)
+
+
+def test_the_generators_seeds_are_the_same_everywhere() -> None:
+    assert [seed_of(7, 0, 5), seed_of(7, 1, 5), seed_of(-1, 0, 0), seed_of(-2, 0, 0)] == [
+        3123347484,
+        1948831856,
+        2805764768,
+        168329868,
+    ]

@@ -61,6 +61,17 @@ def test_several_prompts_and_tokens_in_one_request(client: Any, server: Server, 
     assert [choice.index for choice in twice.choices] == [0, 1, 2, 3]
 
 
+def test_a_prompt_is_counted_once_however_many_answers_it_has(client: Any, server: Server, tokenizer: Any) -> None:
+    length = sum(len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS[:2])
+    before = server.metric("parscale_prompt_tokens_total")
+    usage = complete(client, server, list(PROMPTS[:2]), n=3).usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (length, 2 * 3 * NEW)
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert server.metric("parscale_prompt_tokens_total") == before + length
+    events = complete(client, server, list(PROMPTS[:2]), n=3, stream=True, stream_options={"include_usage": True})
+    assert list(events)[-1].usage == usage
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"n": 3}, {"temperature": 1.5, "seed": 7, "n": 2}, {"stop": ["a", "e"]}], ids=str
 )
@@ -109,6 +120,12 @@ def test_a_seed_draws_the_same_whoever_else_is_served(client: Any, server: Serve
     assert len(without) == 2
 
 
+def test_a_top_p_of_0_is_greedy(client: Any, server: Server) -> None:
+    greedy = complete(client, server, "x").choices[0].text
+    for top_p in (0, 1e-46):
+        assert complete(client, server, "x", temperature=1, top_p=top_p).choices[0].text == greedy
+
+
 def test_the_model_is_listed_and_no_other_is_served(client: Any, server: Server) -> None:
     (listed,) = client.models.list().data
     assert (listed.id, listed.streams, listed.max_model_len) == (server.model, 4, 2048)
@@ -144,9 +161,10 @@ BAD: list[tuple[Any, str | None]] = [
     ({"prompt": "x", "max_tokens": 0}, "max_tokens"), ({"prompt": "x", "max_tokens": 1501}, "max_tokens"),
     ({"prompt": "x", "max_tokens": "many"}, "max_tokens"), ({"prompt": "x", "max_tokens": True}, "max_tokens"),
     ({"prompt": "x", "temperature": 3}, "temperature"), ({"prompt": "x", "temperature": "0"}, "temperature"),
-    ({"prompt": "x", "top_p": 0}, "top_p"), ({"prompt": "x", "n": 0}, "n"), ({"prompt": "x", "n": PLACES + 1}, "n"),
+    ({"prompt": ["x"] * (PLACES + 1)}, "prompt"),
+    ({"prompt": "x", "top_p": -0.1}, "top_p"), ({"prompt": "x", "n": 0}, "n"), ({"prompt": "x", "n": PLACES + 1}, "n"),
     ({"prompt": "x", "seed": 2**64}, "seed"), ({"prompt": "x", "stop": ""}, "stop"),
-    ({"prompt": "x", "stop": [1]}, "stop[0]"),
+    ({"prompt": "x", "stop": [1]}, "stop[0]"), ({"prompt": "x", "stop": ["a"] * 17}, "stop"),
     ({"prompt": "x", "streams": 5}, "streams"), ({"prompt": "x", "streams": 0}, "streams"),
     ({"prompt": "x", "streams": "2"}, "streams"), ({"prompt": "x", "stream": "yes"}, "stream"),
     ({"prompt": "x", "logprobs": 0}, "logprobs"), ({"prompt": "x", "echo": True}, "echo"),
@@ -179,6 +197,13 @@ def test_a_bad_request_is_told_its_field(route: str, body: Any, field: str | Non
     assert error["param"] == field
     assert error["type"] == "invalid_request_error"
     assert "\n" not in error["message"]
+
+
+def test_too_many_prompts_are_refused_before_they_are_read(server: Server) -> None:
+    """Else these were refused for holding no tokens."""
+    answer = server.http.post("/v1/completions", json={"prompt": [""] * PLACES, "n": 2})
+    assert answer.status_code == 400
+    assert f"{2 * PLACES} answers in one request" in answer.json()["error"]["message"]
 
 
 def test_what_only_describes_the_caller_or_means_nothing_is_taken(client: Any, server: Server) -> None:

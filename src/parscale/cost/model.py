@@ -55,6 +55,9 @@ PAPER_SHAPES = {
 }
 
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
 @dataclass(frozen=True)
 class Workload:
     """How a model is served.
@@ -157,31 +160,34 @@ def workloads(workload: Workload, streams: Iterable[int], batches: Iterable[int]
 def shape_of(model: str | Path | Shape) -> Shape:
     """The shape of a paper's size ("0.5B" … "4.4B"), of a config.json or the folder with it, or of a model's hub name.
 
-    Raises InputError for what is none of these, and for decoders that the formulas do not describe (experts, an MLP
-    without a gate).
+    Raises InputError for what is none of these, for a config's field that is no number of what it counts, and for
+    decoders that the formulas do not describe (experts, an MLP without a gate).
     """
     if isinstance(model, Shape):
         return model
     by_name = {name.lower(): shape for name, shape in PAPER_SHAPES.items()}
     if str(model).lower() in by_name:
         return by_name[str(model).lower()]
-    config = _read_config(model)
-    config = config.get("text_config", config)
+    whole = _read_config(model)
+    config = whole.get("text_config", whole)
+    if not isinstance(config, dict):
+        raise InputError(f"model {str(model)!r}: text_config is {config!r}; an object is needed")
     if any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise InputError(f"model {str(model)!r} is a mixture of experts: the formulas describe dense decoders only")
-    needed = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "vocab_size",
-        "rms_norm_eps",
-    )
+    needed = (*_SIZES, "rms_norm_eps")
     missing = [key for key in needed if key not in config]
     if missing:
         raise InputError(
             f"model {str(model)!r} has no {missing[0]!r}: a decoder with RMSNorm and a gated MLP is needed"
         )
+    optional = [key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None]
+    for key in (*_SIZES, *optional):
+        if not isinstance(config[key], int) or isinstance(config[key], bool) or config[key] < 1:
+            raise InputError(f"model {str(model)!r}: {key} is {config[key]!r}; an integer of at least 1 is needed")
+    for one in (whole, config):
+        for key, kind, wanted in (("model_type", str, "a text"), ("tie_word_embeddings", bool, "true or false")):
+            if not isinstance(one.get(key, kind()), kind):
+                raise InputError(f"model {str(model)!r}: {key} is {one[key]!r}; {wanted} is needed")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     return Shape(
         hidden=hidden,
@@ -191,9 +197,21 @@ def shape_of(model: str | Path | Shape) -> Shape:
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or hidden / heads,
         vocab=config["vocab_size"],
-        untied=not config.get("tie_word_embeddings", True),
+        untied=not _is_tied(whole, config),
         bias=bool(config.get("attention_bias", config.get("model_type", "").startswith("qwen2"))),
     )
+
+
+def _is_tied(whole: dict[str, Any], text: dict[str, Any]) -> bool:
+    """As transformers reads it: what a config leaves out has the default of its family's class, and a model with a part
+    for text is tied where either of its two configs says so."""
+    said = [config["tie_word_embeddings"] for config in (whole, text) if "tie_word_embeddings" in config]
+    if said:
+        return any(said)
+    from transformers import CONFIG_MAPPING
+
+    family = whole.get("model_type", text.get("model_type", "")).removesuffix("_parscale")
+    return bool(getattr(CONFIG_MAPPING[family], "tie_word_embeddings", False)) if family in CONFIG_MAPPING else False
 
 
 def _read_config(model: str | Path) -> dict[str, Any]:

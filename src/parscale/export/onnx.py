@@ -16,6 +16,7 @@ from torch import Tensor
 
 from parscale.errors import InputError
 from parscale.export.folded import INPUTS, FoldedDecoder
+from parscale.generate import end_tokens
 
 FILE = "model.onnx"
 GROUP = 32
@@ -42,7 +43,11 @@ def write_onnx(model: Any, tokenizer: Any, folder: Path, weights: str = "float32
         raise InputError(
             f"--to onnx needs packages that are not here: pip install 'parscale[onnx]' ({error})"
         ) from None
-    decoder = FoldedDecoder(model).eval()
+    stops = [token for token in end_tokens(model, tokenizer) if 0 <= token < model.config.vocab_size]
+    # Where no stop token is named the engine takes token 0 for one, and it takes no id beyond the logits' columns: so
+    # the logits get one column more, of a token that is never chosen.
+    never = None if stops else model.config.vocab_size
+    decoder = FoldedDecoder(model, placeholder=never).eval()
     if decoder.lm_head.weight is decoder.embed.weight:
         decoder.lm_head = copy.deepcopy(decoder.lm_head)  # a matrix that is looked up too would not be quantised
     past = decoder.cache_names
@@ -59,7 +64,7 @@ def write_onnx(model: Any, tokenizer: Any, folder: Path, weights: str = "float32
         )
     save(quantize(program.model_proto, weights), folder)
     tokenizer.save_pretrained(folder)
-    (folder / "genai_config.json").write_text(json.dumps(_genai_config(model, decoder), indent=2) + "\n")
+    (folder / "genai_config.json").write_text(json.dumps(_genai_config(model, decoder, stops), indent=2) + "\n")
 
 
 def quantize(graph: Any, weights: str) -> Any:
@@ -82,11 +87,10 @@ def save(graph: Any, folder: Path) -> None:
     onnx.save_model(graph, str(folder / FILE), save_as_external_data=True, location=FILE + ".data")
 
 
-def _genai_config(model: Any, decoder: FoldedDecoder) -> dict[str, Any]:
+def _genai_config(model: Any, decoder: FoldedDecoder, stops: list[int]) -> dict[str, Any]:
     """What onnxruntime-genai reads: to it, a plain decoder with the folded heads."""
     config = model.config
-    stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    stops = [stop for stop in stops if stop is not None] or [config.vocab_size - 1]
+    stops = stops or [config.vocab_size]
     length = config.max_position_embeddings
     return {
         "model": {
@@ -116,7 +120,7 @@ def _genai_config(model: Any, decoder: FoldedDecoder) -> dict[str, Any]:
             "eos_token_id": stops,
             "pad_token_id": stops[0] if config.pad_token_id is None else config.pad_token_id,
             "type": config.model_type.removesuffix("_parscale"),
-            "vocab_size": config.vocab_size,
+            "vocab_size": decoder.vocab_size + decoder.missing_logits,
         },
         "search": {"do_sample": False, "max_length": length, "past_present_share_buffer": False},
     }

@@ -1,12 +1,12 @@
 """What `parscale export` does: load, fold, write for an engine, and measure what few bits have cost on real text.
 
-Nothing is left behind when it fails: the folder appears when it is complete.
+Nothing is left behind when it fails: all is written to a temporary folder beside, which is moved when it is complete.
 """
 
 import logging
 import math
-import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -53,7 +53,7 @@ def export_model(
 
     Args:
         name: a folder or hub name of a model of a family that folds (`folded.FAMILIES`), with or without streams.
-        out: folder to write; it must not hold anything yet. It appears when it is complete.
+        out: folder to write; it must not hold anything yet. It appears, or is filled, when all is written.
         engine: "onnx" for ONNX Runtime GenAI, "openvino" for OpenVINO GenAI.
         weights: of the linear layers and the LM head.
         streams: write this many of the model's streams; by default all. A graph's P is fixed.
@@ -70,6 +70,9 @@ def export_model(
     for argument, value, accepted in (("engine", engine, get_args(Engine)), ("weights", weights, get_args(Weights))):
         if value not in accepted:
             raise InputError(f"{argument}={value!r} is not accepted; give one of {accepted}")
+    for argument, value, least in (("sequences", sequences, 1), ("block_size", block_size, 2)):
+        if value < least:
+            raise InputError(f"{argument}={value} is not accepted; give a number >= {least}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out={str(out)!r} holds something already; give a new folder")
     model, tokenizer = load_model(name, dtype=torch.float32), load_tokenizer(name)
@@ -77,19 +80,18 @@ def export_model(
         choose_streams(model, streams)
     check_foldable(model)
     blocks = _held_out(tokenizer, data, sequences, block_size)  # before the tokenizer learns of placeholders
-    scratch = out.with_name(out.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with _scratch(out) as scratch:
+        folder = scratch / "export"
+        folder.mkdir()  # within the temporary folder, which only its owner may read
         with _quietly():
-            _write(model.eval(), tokenizer, scratch, engine, weights)
-        measured = {} if blocks is None else _measure(model, scratch, engine, blocks)
-        size = sum(file.stat().st_size for file in scratch.rglob("*")) / 1e6
-        if out.exists():
-            out.rmdir()
-        scratch.replace(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            _write(model.eval(), tokenizer, folder, engine, weights)
+        measured = {} if blocks is None else _measure(model, folder, engine, blocks)
+        size = sum(file.stat().st_size for file in folder.rglob("*")) / 1e6
+        if out.exists():  # not replaced: it may be where the user's shell stands
+            for file in folder.iterdir():
+                file.replace(out / file.name)
+        else:
+            folder.replace(out)
     return Exported(out, engine, weights, getattr(model, "streams", 1), round(size, 3), **measured)
 
 
@@ -121,6 +123,19 @@ def report_export(exported: Exported, as_json: bool) -> None:
             f"perplexity on {exported.tokens:,} held-out tokens: float32 {exported.perplexity_float32:.3f}, "
             f"as written {exported.perplexity:.3f}"
         )
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A new folder that is gone in the end, where files can be moved from to `out`."""
+    place = out if out.exists() else out.parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".parscale-", dir=place)
+    except OSError as error:
+        raise InputError(f"out={str(out)!r} cannot be written: {error}") from None
+    with scratch as name:
+        yield Path(name)
 
 
 @contextmanager

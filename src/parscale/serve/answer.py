@@ -27,7 +27,8 @@ class Answer:
 
     Args:
         engine: with the manager of `streams` open.
-        prompts: token ids; one choice each.
+        prompts: token ids.
+        n: choices for each prompt.
         streams: p.
         new_tokens: at most so many for each choice.
         samplings: for each choice; None for greedy.
@@ -40,6 +41,7 @@ class Answer:
         engine: Engine,
         prompts: list[list[int]],
         *,
+        n: int = 1,
         streams: int,
         new_tokens: int,
         samplings: list[Sampling | None],
@@ -48,7 +50,8 @@ class Answer:
     ) -> None:
         self.streams, self.started = streams, time.monotonic()
         self.first: float | None = None  # when the first token came
-        self.prompt_tokens = sum(map(len, prompts))
+        self.prompt_tokens = sum(map(len, prompts))  # each prompt once, however many choices go on from it
+        prompts = [prompt for prompt in prompts for _ in range(n)]
         self._ends = engine.ends
         self._texts = [TextStream(engine.tokenizer, stops) for _ in prompts]
         self._heard: asyncio.Queue[Piece | Exception] = asyncio.Queue()

@@ -14,6 +14,7 @@ from transformers.generation.continuous_batching.model_runner import infer_max_s
 from transformers.generation.continuous_batching.utils import logger as batching_log
 
 from parscale.errors import InputError
+from parscale.generate import end_tokens
 from parscale.load import first_line
 from parscale.serve.limits import Limits
 from parscale.serve.sampling import Sampling, use_sampler
@@ -54,7 +55,7 @@ class Engine:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.context = min(limits.cache_tokens, positions or limits.cache_tokens)
         self.vocabulary = model.get_input_embeddings().num_embeddings
-        self.ends = _end_tokens(model, tokenizer)
+        self.ends = end_tokens(model, tokenizer)
         self.managers: dict[int, Any] = {}
         self.running = 0
         self._opening = asyncio.Lock()
@@ -183,10 +184,3 @@ class Engine:
         manager = self.managers[streams]
         if not manager.is_running():
             raise EngineDead(f"the engine has stopped: {manager.background_thread_status.fatal_error}")
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

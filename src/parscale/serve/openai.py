@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from parscale.serve.answer import Answer
 from parscale.serve.engine import Engine, EngineDead
 from parscale.serve.metrics import Metrics
-from parscale.serve.prompt import new_tokens, prompts_of, samplings_of
+from parscale.serve.prompt import choices_of, new_tokens, prompts_of, samplings_of
 from parscale.serve.schema import ChatRequest, CompletionOptions, Refusal, TextRequest, read_request
 from parscale.serve.wire import ChatWire, TextWire, Wire, error_object
 
@@ -102,18 +102,19 @@ class _Server:
         streams = asked.streams or self.engine.streams
         if streams > self.engine.trained:
             raise Refusal(400, f"streams={streams}: this model has {self.engine.trained}", field="streams")
-        self._check_places(asked.n)
+        choices = choices_of(asked)
+        self._check_places(asked, choices)
         prompts = await asyncio.to_thread(prompts_of, asked, self.engine)
-        prompts = [prompt for prompt in prompts for _ in range(asked.n)]
         await self.engine.manager(streams)
-        self._check_places(len(prompts))
+        self._check_places(asked, choices)  # again: others were let in meanwhile
         # From here to the answer's `close` nothing may be awaited outside of the `try` that closes it.
         answer = Answer(
             self.engine,
             prompts,
+            n=asked.n,
             streams=streams,
             new_tokens=new_tokens(asked, prompts, self.engine),
-            samplings=samplings_of(asked, len(prompts)),
+            samplings=samplings_of(asked, choices),
             stops=asked.stops,
             each_token=asked.stream,
         )
@@ -133,10 +134,11 @@ class _Server:
         if name != self.name:
             raise Refusal(404, f"the model {name!r} is not served here", field="model", code="model_not_found")
 
-    def _check_places(self, wanted: int) -> None:
+    def _check_places(self, asked: CompletionOptions, wanted: int) -> None:
         places = self.engine.limits.max_requests
         if wanted > places:
-            raise Refusal(400, f"{wanted} answers in one request; at most {places} are made at once", field="n")
+            field = "n" if asked.n > 1 else asked.prompt_field
+            raise Refusal(400, f"{wanted} answers in one request; at most {places} are made at once", field=field)
         if self.engine.running + wanted > places:
             raise Refusal(429, f"{places} answers are being made, try again later", code="rate_limit_exceeded")
 

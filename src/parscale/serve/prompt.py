@@ -11,6 +11,11 @@ from parscale.serve.sampling import Sampling
 from parscale.serve.schema import ChatRequest, CompletionOptions, Refusal, TextRequest
 
 
+def choices_of(asked: CompletionOptions) -> int:
+    """How many answers a request wants, known before anything is tokenised: n for each prompt."""
+    return asked.n * (len(_each(asked.prompt)) if isinstance(asked, TextRequest) else 1)
+
+
 def prompts_of(asked: CompletionOptions, engine: Engine) -> list[list[int]]:
     """Token ids of every prompt; a chat goes through the model's own template.
 
@@ -21,7 +26,7 @@ def prompts_of(asked: CompletionOptions, engine: Engine) -> list[list[int]]:
         prompts = [_chat(asked, engine.tokenizer)]
     else:
         assert isinstance(asked, TextRequest)
-        prompts = _texts(asked.prompt, engine.tokenizer)
+        prompts = [engine.tokenizer(one)["input_ids"] if isinstance(one, str) else one for one in _each(asked.prompt)]
     field, limit = asked.prompt_field, engine.limits.max_prompt_tokens
     if not prompts or not all(prompts):
         raise Refusal(400, f"{field}: give at least one token of text", field=field)
@@ -56,28 +61,28 @@ def new_tokens(asked: CompletionOptions, prompts: list[list[int]], engine: Engin
 
 
 def samplings_of(asked: CompletionOptions, choices: int) -> list[Sampling | None]:
-    """How each choice draws; those of one request differ in their seed. Below a temperature of 1e-5 it is greedy."""
-    if asked.temperature < 1e-5:
+    """How each choice draws. It is greedy below a temperature of 1e-5, and where top_p leaves one token only."""
+    if asked.temperature < 1e-5 or asked.top_p == 0:
         return [None] * choices
     seed = secrets.randbits(63) if asked.seed is None else asked.seed
-    return [Sampling(asked.temperature, asked.top_p, seed + choice) for choice in range(choices)]
+    return [Sampling(asked.temperature, asked.top_p, seed, choice) for choice in range(choices)]
 
 
 def _chat(asked: ChatRequest, tokenizer: Any) -> list[int]:
     if tokenizer.chat_template is None:
         raise Refusal(400, "messages: this model has no chat template; use /v1/completions", field="messages")
+    chat = [message.as_dict() for message in asked.messages]
     try:
-        text = tokenizer.apply_chat_template(
-            [message.as_dict() for message in asked.messages], add_generation_prompt=True, tokenize=False
-        )
+        # Most templates leave out the turns of a role that they do not know, without a word.
+        if "developer" not in tokenizer.get_chat_template():
+            chat = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in chat]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:
         raise Refusal(400, f"messages: the chat template refuses them: {first_line(error)}", field="messages") from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _texts(prompt: str | list[int] | list[str] | list[list[int]], tokenizer: Any) -> list[list[int]]:
-    if isinstance(prompt, str):
-        return [tokenizer(prompt)["input_ids"]]
-    if prompt and isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]
-    return [tokenizer(one)["input_ids"] if isinstance(one, str) else one for one in prompt]  # type: ignore[misc]
+def _each(prompt: str | list[int] | list[str] | list[list[int]]) -> list[Any]:
+    """The prompts of a request: a text or its token ids are one, else it is a list of them."""
+    one = isinstance(prompt, str) or (prompt and isinstance(prompt[0], int))
+    return [prompt] if one else prompt  # type: ignore[return-value]

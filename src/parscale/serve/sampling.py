@@ -2,9 +2,11 @@
 
 transformers samples for a whole batch, with one generator. Here a step always takes the highest score, and the scores
 of the requests that sample are put so that the highest one is a fair draw: p / e for e ~ Exp(1) is largest at token i
-with probability p_i. A request's draws depend on its seed and on how many tokens stand before, and on no other request.
+with probability p_i. A choice's draws depend on the request's seed, on its number in the request and on how many tokens
+stand before, and on no other request.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +21,13 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 
 @dataclass(frozen=True)
 class Sampling:
-    """One request's way to draw. `temperature` > 0; 0 < `top_p` <= 1."""
+    """The way to draw of one choice of a request. `temperature` > 0; 0 <= `top_p` <= 1, where 0 is the likeliest token.
+    Of a request that asks for one choice, `choice` is 0."""
 
     temperature: float
     top_p: float
     seed: int
+    choice: int = 0
 
     def draw(self, scores: Tensor, position: int) -> Tensor:
         """Scores (V,) whose highest is a draw, for the token at `position`, from the softmax of `scores` (V,)."""
@@ -31,10 +35,19 @@ class Sampling:
         if self.top_p < 1:
             ordered, tokens = chances.sort(descending=True)
             beyond = ordered.cumsum(0) - ordered >= self.top_p  # the token that crosses top_p stays
+            beyond[0] = False  # also where top_p is 0 in float32
             chances[tokens[beyond]] = 0.0
-        # A generator takes 32 bits of its seed; a tuple's hash mixes both numbers and is the same in any process.
-        generator = torch.Generator(device=scores.device).manual_seed(hash((self.seed, position)) & 0xFFFFFFFF)
+        number = seed_of(self.seed, self.choice, position)
+        generator = torch.Generator(device=scores.device).manual_seed(number)
         return chances / torch.empty_like(chances).exponential_(generator=generator)
+
+
+def seed_of(seed: int, choice: int, position: int) -> int:
+    """A generator's seed, of the 32 bits that it takes, for one draw; the same in every process and Python.
+
+    A sum of the three would repeat the draws of other seeds, and Python's own hash takes -1 and -2 for the same.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed} {choice} {position}".encode(), digest_size=4).digest(), "little")
 
 
 class Sampler(ContinuousBatchingLogitsProcessor):

@@ -9,6 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+MOST_FIELDS = 1000
+"""Of one JSON object. Every unknown field is an error with its place, and a body holds a hundred thousand of them."""
+
+Item = TypeVar("Item")
+FastList = Annotated[list[Item], Field(fail_fast=True)]
+"""A list of which the first bad item is told: to collect them all would hold up every other request for seconds."""
+
 
 class Refusal(Exception):
     """A request that is not answered: the HTTP status, what is wrong, and the field at fault."""
@@ -33,7 +40,7 @@ class Message(_Strict):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: str | FastList[TextPart]
     name: str = ""
 
     def as_dict(self) -> dict[str, str]:
@@ -65,11 +72,11 @@ class CompletionOptions(_Strict):
     streams: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     n: int = Field(default=1, ge=1)
     stop: Annotated[str, Field(min_length=1)] | Annotated[
-        list[Annotated[str, Field(min_length=1)]], Field(max_length=16)
+        FastList[Annotated[str, Field(min_length=1)]], Field(max_length=16)
     ] = []  # fmt: skip
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -86,7 +93,7 @@ class ChatRequest(CompletionOptions):
     prompt_field: ClassVar[str] = "messages"
     neutral: ClassVar = CompletionOptions.neutral | {"logprobs": (False,), "top_logprobs": (0,)}
 
-    messages: list[Message] = Field(min_length=1)
+    messages: FastList[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
 
@@ -96,7 +103,7 @@ class TextRequest(CompletionOptions):
     prompt_field: ClassVar[str] = "prompt"
     neutral: ClassVar = CompletionOptions.neutral | {"logprobs": ()}
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | FastList[int] | FastList[str] | FastList[FastList[int]]
     max_tokens: int | None = Field(default=16, ge=1)
 
 
@@ -125,14 +132,17 @@ def read_request(kind: type[Kind], body: bytes) -> Kind:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        # Of a union every branch reports; the one that got furthest is the one that was meant.
-        fault = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+        # Of a union every branch reports; the one that got furthest, or at least had the right type, was meant.
+        faults = error.errors(include_url=False, include_input=False)
+        fault = max(faults, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
         field = _path(fault["loc"])
         raise Refusal(400, f"{field}: {fault['msg']}", field=field) from None
 
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
+        if len(value) > MOST_FIELDS:
+            raise Refusal(400, f"an object in the body has {len(value)} fields; at most {MOST_FIELDS} are taken")
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
