@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from parscale.cli import main
 from tests.corpora import write_corpus
@@ -53,6 +54,50 @@ def test_generate_and_probe_work_on_a_trained_model(trained: Path, parscale: Run
     code, out, error = parscale("probe", trained, "--data", "corpus", "--block-size", 32)
     assert code == 0, error
     assert "loss alone" in out
+
+
+def test_the_folder_that_one_stands_in_may_be_the_output(
+    trained: Path, parscale: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = trained.parent / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    text = ("--data", "../corpus", "--block-size", 32, "--batch-size", 8, "--tokens", 256, "--evaluations", 1)
+    code, _, error = parscale("train", "retrofit", "--model", "../base", "--output", ".", *text)
+    assert code == 0, error
+    assert {"train.json", "config.json", "tokenizer.json"} <= {file.name for file in here.iterdir()}
+    assert Path.cwd().exists()
+    code, _, error = parscale("train", "retrofit", "--model", "../base", "--output", ".", *text)
+    assert (code, "not an empty folder" in error) == (2, True)
+    assert not list(trained.parent.glob(".*.partial"))
+
+
+def test_sequences_beyond_learned_positions_are_refused_in_one_line(trained: Path, parscale: Run) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(trained.parent / "gpt2")
+    tokenizer.save_pretrained(trained.parent / "gpt2")
+    asked = ("train", "retrofit", "--model", "gpt2", "--output", "g", "--data", "corpus", "--tokens", 512)
+    pilot = ("pilot", "gpt2", "--out", "pilot", "--block-size", 64)
+    for verb in ((*asked, "--block-size", 64, "--batch-size", 8), ("eval", "gpt2"), pilot):
+        code, _, error = parscale(*verb, "--data", "corpus")
+        assert (code, error.count("\n"), "'gpt2' has learned positions for 32 tokens" in error) == (2, 1, True), error
+    code, _, error = parscale(*asked, "--block-size", 32, "--batch-size", 8, "--evaluations", 1)
+    assert code == 0, error  # a prefix takes no position
+
+
+def test_streams_that_the_model_has_are_gone_on_with_and_others_refused(trained: Path, parscale: Run) -> None:
+    """Also the four that are the default, if they are asked for."""
+    text = ("--data", "corpus", "--block-size", 32, "--batch-size", 8, "--tokens", 256, "--evaluations", 1)
+    code, _, error = parscale("train", "retrofit", "--model", trained, "--output", "on", *text)
+    assert code == 0, error
+    assert json.loads((trained.parent / "on" / "train.json").read_text())["result"]["streams"]["streams"] == 2
+    for flags in (("--streams", "4"), ("--streams=4",), ("--prefix_tokens", "48"), ("--no-plain-first",)):
+        code, _, error = parscale("train", "retrofit", "--model", trained, "--output", "o", *text, *flags)
+        assert (code, "has streams of its own" in error) == (2, True), flags
+    (trained.parent / "four.yaml").write_text("streams: 4\n")
+    code, _, error = parscale("train", "retrofit", "--recipe", "four.yaml", "--model", trained, "--output", "o", *text)
+    assert (code, "has streams of its own" in error) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.experiments import verbs
 from parscale.serve.limits import Limits
@@ -394,7 +396,7 @@ VERBS: dict[str, Callable[..., Any]] = {
 
 def _train_verb(argv: list[str]) -> Callable[..., None]:
     """`train`, whose flags have the values of the recipe that `argv` names as their defaults."""
-    from parscale.train.config import TrainConfig
+    from parscale.train.config import NOT_GIVEN, TrainConfig
 
     # The flags' defaults must be there before they are parsed, so the recipe's name is looked up first, by itself.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -413,10 +415,18 @@ def _train_verb(argv: list[str]) -> Callable[..., None]:
     ) -> None:
         from parscale.train.report import run
 
-        run(config)
+        # its flags make an object of their own, whether or not one of them was given
+        run(config if "streams" in settings or _tells_streams(argv) else replace(config, streams=NOT_GIVEN))
 
     train.__doc__ = "One training run: pretrain, retrofit, frozen or sft. docs/train.md"
     return train
+
+
+def _tells_streams(argv: list[str]) -> bool:
+    """Whether a flag of the streams is among the arguments."""
+    flags = {prefix + field.name for field in fields(StreamsConfig) for prefix in ("", "no_")}
+    given = (word.partition("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--"))
+    return any(name in flags for name in given)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,15 +27,16 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     """Rows with the same keys as a table under `title`; numbers to five significant digits."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     if not rows:
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name, value in rows[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right", no_wrap=True)
+        table.add_column(escape(name), justify="left" if isinstance(value, str) else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(escape(_cell(value)) for value in row.values()))
     # Wide enough for any row: a table that is cut off or wrapped cannot be read by a pipe.
     console = Console(width=200, highlight=False)
     console.print(title, style="italic", markup=False, soft_wrap=True)  # a Table wraps its own to its width

@@ -128,3 +128,10 @@ def test_an_empty_file_has_no_problems(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("")
     with pytest.raises(InputError, match=r"no problem"):
         read_problems(str(tmp_path / "p.jsonl"))
+
+
+def test_nothing_to_test_or_to_score_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a test_list of one or more"):
+        problem_of(DOUBLE | {"test_list": []}, "here")
+    with pytest.raises(InputError, match="limit=0 is not accepted"):
+        run_code("none", str(tmp_path), CodeOptions(execute=True), limit=0)

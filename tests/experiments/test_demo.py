@@ -2,12 +2,14 @@
 
 import json
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from parscale.errors import InputError
-from parscale.experiments.demo import run_demo
+from parscale.experiments.demo import _complete, run_demo
 from parscale.load import load_model
 from tests.corpora import write_corpus
 
@@ -20,6 +22,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("PARSCALE_CACHE", str(folder / "cache"))
         run_demo(folder / "out", data=[str(corpus)], scale="smoke")
     return folder / "out"
+
+
+def test_a_completion_may_have_brackets(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parscale.experiments.demo.complete", lambda *args, **options: "a[0] = re[/a-z] [b]")
+    console = Console(file=StringIO(), width=200)
+    assert _complete(console, demo, ["control"])[0]["completion"] == "a[0] = re[/a-z] [b]"
+    assert console.file.getvalue().count("a[0] = re[/a-z] [b]") == 3  # type: ignore[attr-defined]
 
 
 def test_every_row_of_stage_2_saw_the_same_tokens_from_the_same_base(demo: Path) -> None:

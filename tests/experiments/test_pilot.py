@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +11,27 @@ import pytest
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.evaluate.perplexity import DocumentLosses
-from parscale.experiments.pilot import PilotRow, compare, judge, run_pilot
+from parscale.experiments.pilot import PilotRow, _held_out, _row, compare, judge, run_pilot
+from parscale.load import load_model, load_tokenizer
 from parscale.train.config import TrainConfig
+from parscale.train.corpus import Document
+from parscale.train.data import train_tokenizer
 from parscale.train.faults import command_to_resume
+from parscale.train.shapes import build
 from parscale.train.trainer import train
 from tests.corpora import write_corpus
 
 FAR = {"P=4": (0.1, 0.05, 0.2)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with its tokenizer, not trained."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = train_tokenizer(["def f(x): return x\n"], 300)
+    build("pico", tokenizer, 64).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def row(gain: float, low: float, high: float, name: str = "P=4") -> PilotRow:
@@ -54,6 +69,28 @@ def test_a_gain_over_documents_weighs_them_by_their_tokens() -> None:
     )
 
 
+def test_losses_are_compared_at_the_same_steps() -> None:
+    """A run may have more evaluations than another one; what grows is the gain at steps that both have."""
+    losses = {name: DocumentLosses(np.ones(5), np.ones(5)) for name in ("control", "P=2")}
+    curves = {"control": {2: 3.0, 3: 9.0, 4: 2.8}, "P=2": {2: 2.9, 4: 2.5}}
+    results = {
+        name: SimpleNamespace(
+            stream_parameters=1, history=[{"step": step, "eval_loss": loss} for step, loss in curve.items()]
+        )
+        for name, curve in curves.items()
+    }
+    assert _row("P=2", losses, results, {}).growing
+
+
+def test_long_documents_do_not_take_all_the_tokens(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty documents, each long enough for all: an interval needs many."""
+    monkeypatch.setattr("parscale.experiments.pilot.HELD_OUT_TOKENS", 2000)
+    documents = [Document(str(number), f"{number} " + "def f(x): return x\n" * 400) for number in range(20)]
+    found = _held_out(load_model(base), load_tokenizer(base), documents, 64)
+    assert len(found.tokens) == 20
+    assert set(found.tokens) == {100 - 2}  # of a hundred tokens each, in two pieces
+
+
 @pytest.mark.parametrize(("verb", "flag"), [("train", " --resume"), ("pilot", ""), ("experiment", "")])
 def test_what_to_type_after_a_stop_is_a_command_that_is_there(
     verb: str, flag: str, monkeypatch: pytest.MonkeyPatch
@@ -78,10 +115,15 @@ def test_a_pilot_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert rows["P=4"]["latency_ratio"] > 0
     assert record["verdict"].startswith("Undecided: held-out documents are too few (1)")
     assert json.loads((out / "pilot.json").read_text())["steps"] == record["steps"]
-    again = run_pilot(base, data=data, minutes=5, out=out, block_size=32, batch_size=8)
+    again = run_pilot(base, data=data, minutes=0.01, out=out, block_size=32, batch_size=8)
     assert [entry["loss"] for entry in again["rows"]] == [entry["loss"] for entry in record["rows"]]
     assert again["steps"] == record["steps"]  # what has ended is not run again
     with pytest.raises(InputError, match=r"holds a pilot with data=.*give another out"):
         run_pilot(base, data=(*data, *data), out=out, block_size=32)
+    with pytest.raises(InputError, match=r"holds a pilot with minutes=0\.01, not 5; give another out"):
+        run_pilot(base, data=data, minutes=5, out=out, block_size=32, batch_size=8)
+    (tmp_path / "corpus" / "new.py").write_text("import os\n" * 400)
+    with pytest.raises(InputError, match=r"holds a pilot on another text than data=.*; give another out"):
+        run_pilot(base, data=data, minutes=0.01, out=out, block_size=32, batch_size=8)
     with pytest.raises(InputError, match="not an empty folder"):
         run_pilot(base, data=data, out=tmp_path / "base")

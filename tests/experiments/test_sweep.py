@@ -54,6 +54,18 @@ def names(tasks: list[Task]) -> list[str]:
     return [task.run.name for task in tasks]
 
 
+def test_a_last_row_without_a_line_end_is_a_row(tmp_path: Path, trained: list[Task]) -> None:
+    """As an editor leaves it. One that was cut short is none."""
+    run(tmp_path, [CONTROL, STREAMED])
+    file = tmp_path / "results" / "baseline.jsonl"
+    file.write_text(file.read_text().removesuffix("\n"))
+    assert [row["name"] for row in read_rows(file)] == ["control", "P=2"]
+    assert [row["seed"] for row in run(tmp_path, [CONTROL], seeds=[0, 1])] == [1]
+    assert [row["name"] for row in read_rows(file)] == ["control", "P=2", "control"]
+    file.write_text(file.read_text() + '{"key": "cut')
+    assert len(read_rows(file)) == 3
+
+
 def test_finished_rows_are_not_run_again(tmp_path: Path, trained: list[Task]) -> None:
     assert len(run(tmp_path, [CONTROL, STREAMED])) == 2
     assert run(tmp_path, [CONTROL, STREAMED]) == []

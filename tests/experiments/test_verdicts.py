@@ -10,8 +10,10 @@ import pytest
 
 from parscale.errors import InputError
 from parscale.experiments.catalogue import CLAIMS, claim_named
-from parscale.experiments.claims import efficiency
+from parscale.experiments.claims import efficiency, law
+from parscale.experiments.experiment import verdict_of
 from parscale.experiments.verdicts import Outcome, combine, gain_of, interval, paired
+from parscale.law.compare import Comparison
 from tests.experiments.rows import row, seeds
 
 CONTROL = (3.0, 3.1, 3.2)
@@ -74,6 +76,17 @@ def test_texts_are_judged_apart() -> None:
     assert verdict("baseline", rows + other).outcome == "undecided"
 
 
+def test_texts_of_one_name_are_not_compared() -> None:
+    """The standard library is another text on another Python."""
+    ours = seeds("control", *CONTROL, fingerprint="094f4714aa")
+    theirs = seeds("P=2, prefix", 2.9, 3.0, 3.1, fingerprint="776e4399bb")
+    told = verdict_of(CLAIMS["baseline"], [*ours, *theirs], "cpu")
+    assert told.outcome != "supported"
+    assert {line["text"] for line in told.table} == {"code (094f4714)", "code (776e4399)"}
+    same = [line | {"fingerprint": "094f4714aa"} for line in theirs]
+    assert verdict_of(CLAIMS["baseline"], ours + same, "cpu").table[0]["text"] == "code"
+
+
 def test_aggregation() -> None:
     measured = {"merged": 2.0, "uniform": 2.2, "probabilities": 2.1, "alone": [2.5, 2.3], "weights": [0.6, 0.4]}
     rows = seeds("P=4, prefix, learned", 2.9, 3.0, 3.1, measured=measured)
@@ -114,6 +127,14 @@ def test_theory(sign: int, outcome: str) -> None:
     found = verdict("theory", rows)
     assert found.outcome == outcome
     assert found.table[0]["[(P−1)ρ+1]/P"] == pytest.approx((3 * 0.1 + 1) / 4)
+
+
+def test_theory_is_not_decided_by_one_seed() -> None:
+    rows = seeds("control", 3.0)
+    for i in range(8):
+        rows += seeds(f"P=4, {i}", 2.9 + 0.01 * i, streams=4, measured={"rho": 0.1 * i})
+    found = verdict("theory", rows)
+    assert (found.outcome, "fewer than 3 seeds" in found.reason) == ("undecided", True)
 
 
 def test_theory_says_nothing_of_a_few_runs() -> None:
@@ -159,6 +180,24 @@ def test_streams_without_effect_are_no_law() -> None:
     assert verdict("law", law_rows(0.0)).outcome == "not supported"
 
 
+@pytest.mark.parametrize(
+    ("low", "supported", "outcome"),
+    [
+        (0.1, ["paper"], "supported"),
+        (0.1, ["power"], "not supported"),
+        (0.1, ["paper", "chinchilla"], "not supported"),
+        (1e-8, ["power", "chinchilla"], "not supported"),
+        (1e-8, ["paper", "power"], "undecided"),
+    ],
+)
+def test_an_interval_down_to_the_bound_is_not_a_refutation(
+    low: float, supported: list[str], outcome: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(law, "bootstrap", lambda fitted, draws: {"k": (low, 0.5)})
+    monkeypatch.setattr(law, "compare", lambda runs: Comparison([], supported, "."))
+    assert verdict("law", law_rows(0.4)).outcome == outcome
+
+
 def test_a_law_of_one_size_cannot_be_fitted() -> None:
     rows = [r for r in law_rows(0.4, seeds=1) if r["name"].startswith("5e+08,")]
     assert verdict("law", rows).outcome == "undecided"
@@ -189,6 +228,17 @@ def test_split_asks_for_95_percent_of_the_gain(kept: float, outcome: str) -> Non
     rows = seeds("control", *CONTROL) + seeds("share 1", 2.8, 2.9, 3.0)
     rows += seeds("share 0.1", 3.0 - kept, 3.1 - kept, 3.2 - (0.2 if outcome == "undecided" else kept))
     assert verdict("split", rows).outcome == outcome
+
+
+def test_where_nothing_was_gained_nothing_is_kept() -> None:
+    """Both lose to the control, one of them less: four fifths of a loss are no share of a gain."""
+    rows = seeds("control", *CONTROL) + seeds("share 1", *(loss + 0.3 for loss in CONTROL))
+    rows += seeds("share 0.1", *(loss + 0.05 for loss in CONTROL))
+    assert verdict("split", rows).outcome == "undecided"
+    rows = seeds("pretrain, control", *CONTROL) + seeds("pretrain, P=4, own", *(loss + 0.1 for loss in CONTROL))
+    found = verdict("sharing", rows + seeds("pretrain, P=4, shared", *(loss + 0.06 for loss in CONTROL)))
+    assert (found.outcome, "no gain to keep" in found.reason) == ("undecided", True)
+    assert [line["of the own gain"] for line in found.table] == ["", ""]
 
 
 def test_moe_wants_both_kinds_to_gain() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from parscale.errors import InputError
@@ -109,6 +111,20 @@ def test_sigterm_saves_and_exits_with_0(noisy, short, whole, tmp_path) -> None:
     assert _go_on(output, short, noisy) == whole
 
 
+def test_sigterm_in_the_step_of_an_evaluation_loses_none(noisy: Path, short: Path, tmp_path: Path) -> None:
+    """A run that goes on has measured what one left alone has, and its running mean is the same."""
+    settings: dict[str, Any] = {"model": str(noisy), "save_every": None, "evaluations": 3}
+    alone = train(run_of(tmp_path / "alone", short, **settings))
+    config = run_of(tmp_path / "out", short, **settings, resume=True)
+    assert processes.run(train_until_told_to_stop, config, 4, tmp_path / "told") == [0]
+    ours, theirs = (
+        [(row["step"], row["eval_loss"], row["eval_loss_smooth"]) for row in result.history if "eval_loss" in row]
+        for result in (train(config), alone)
+    )
+    assert [step for step, _, _ in theirs] == [4, 8, 12]
+    assert ours == theirs
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(noisy, short, whole, tmp_path) -> None:
     output, error = tmp_path / "out", tmp_path / "error"
     assert processes.run(train_on_a_full_disk, run_of(output, short, model=str(noisy)), 5, error) == [2]
@@ -158,6 +174,9 @@ def test_patience_is_not_forgotten(noisy, short, tmp_path) -> None:
     assert _steps(tmp_path / "out") == ["checkpoint-7"]
     assert processes.run(train_with_equal_losses, config, tmp_path / "steps") == [0]
     assert (tmp_path / "steps").read_text() == "9"
+    ended = replace(config, output=tmp_path / "ended")
+    assert processes.run(train_with_equal_losses, ended, tmp_path / "steps", 9) == [0]
+    assert (ended.output / "train.json").exists(), "told to stop in the step that was the last"
 
 
 def test_many_in_a_row_stop_the_run(noisy, short, tmp_path, monkeypatch) -> None:
@@ -219,6 +238,28 @@ def test_a_finished_run_is_not_given_back_for_another(noisy, short, tmp_path) ->
     train(config)
     with pytest.raises(InputError, match=r"has ended, with weight_decay=0\.1 instead of 0\.2; give another output"):
         train(replace(config, weight_decay=0.2))
+
+
+def test_a_finished_run_of_other_text_or_weights_is_not_given_back(noisy, short, base, tmp_path) -> None:
+    """The same settings, while what they name has changed. What older runs have recorded says nothing of it."""
+    text, model = tmp_path / "text.txt", tmp_path / "model"
+    text.write_text(short.read_text())
+    shutil.copytree(noisy, model)
+    config = run_of(tmp_path / "out", text, model=str(model), resume=True)
+    told = train(config)
+    assert train(config) == told
+    text.write_text(short.read_text() + "more")
+    with pytest.raises(InputError, match=r"has ended, with another text than data=.*; give another output"):
+        train(config)
+    text.write_text(short.read_text())
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"has ended, with other weights than model=.*; give another output"):
+        train(config)
+    record = json.loads((tmp_path / "out" / "train.json").read_text())
+    del record["run"]
+    (tmp_path / "out" / "train.json").write_text(json.dumps(record))
+    assert train(config) == told
 
 
 class PlainTrainer(FaultTolerance, Trainer):

@@ -4,18 +4,20 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
-from parscale.train.parallel import check_stream_parallel
-from parscale.train.trainer import train
+from parscale.train.config import Balance
+from parscale.train.parallel import check_launch, check_stream_parallel
+from parscale.train.trainer import StreamsTrainer, train
 from tests import small
 from tests.train import processes
 from tests.train.children import run_of, save_stream_gradients, stream_batch, train_and_record, train_until
@@ -63,6 +65,39 @@ def test_two_processes_learn_what_one_does(env, changes, base, corpus, alone, tm
     config = run_of(tmp_path / "out", corpus, model=str(base), **TWENTY | changes)
     assert processes.run(train_and_record, config, tmp_path / "record", processes=2, **env) == [0, 0]
     _check_same(tmp_path / "out", alone)
+
+
+def test_fewer_streams_in_two_processes(base: Path, corpus: Path, tmp_path: Path) -> None:
+    """Streams that are left out have no gradient, for which the other process would wait."""
+    changes = {"balance": Balance(fewer_streams=0.9), "gradient_checkpointing": True, "batch_size": 2}
+    config = run_of(tmp_path / "out", corpus, model=str(base), **TWENTY | changes)
+    assert processes.run(train_and_record, config, tmp_path / "record", processes=2, **DDP) == [0, 0]
+    with pytest.raises(InputError, match=r"fewer_streams=0\.9 with stream_parallel=2"):
+        check_launch(run_of(tmp_path / "no", corpus, balance=Balance(fewer_streams=0.9), stream_parallel=2))
+
+
+def test_one_process_takes_one_gpu(base: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two that are there, the Trainer would put batches twice as large through nn.DataParallel."""
+    setup = TrainingArguments._setup_devices.func  # type: ignore[attr-defined]
+
+    def with_two(self: TrainingArguments) -> torch.device:
+        device = setup(self)
+        self._n_gpu = 2
+        return device
+
+    devices = cached_property(with_two)
+    devices.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", devices)
+    rows: list[int] = []
+    step = StreamsTrainer.training_step
+
+    def watching(self: StreamsTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows.append(len(inputs["input_ids"]))
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(StreamsTrainer, "training_step", watching)
+    train(run_of(tmp_path / "out", corpus, model=str(base), save_every=None))
+    assert rows == [4] * 12
 
 
 def test_shards_in_bfloat16_are_near_and_their_loss_is_not_rounded(base, corpus, alone, tmp_path) -> None:

@@ -92,7 +92,7 @@ def test_a_run_trains_and_measures_separate_documents(base: Path, text: PackedTe
     joined = load_text(tmp_path / "corpus", tokenizer=text.tokenizer, block_size=32, cache_dir=tmp_path)
     separate = replace(joined, end_of_text=text.tokenizer.eos_token_id)
     assert isinstance(collator(separate), SeparateDocuments)
-    config = run("frozen", tmp_path / "out", model=str(base), streams=StreamsConfig(2, 4), batch_size=16, tokens=1024)
+    config = run("frozen", tmp_path / "out", model=str(base), streams=StreamsConfig(2, 4), batch_size=3, tokens=1024)
     result = train(config, data=separate)
     model = load_model(tmp_path / "out").eval()
     rows = [separate.validation[index] for index in range(min(16, len(separate.validation)))]

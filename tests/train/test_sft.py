@@ -137,6 +137,27 @@ def test_validation_loss_is_of_the_answers(base: Path, tmp_path: Path) -> None:
     assert result.validation_loss == pytest.approx(sum(losses) / len(losses), abs=1e-4)
 
 
+def test_validation_loss_does_not_depend_on_the_batch(base: Path, tmp_path: Path) -> None:
+    """A long answer among short ones: each of its tokens counts as much as one of theirs."""
+    pytest.importorskip("trl")
+    rows = [{"prompt": f"v {i}", "completion": " a" * (20 if i % 4 == 0 else 1) + str(i)} for i in range(9)]
+    data = (write(tmp_path / "train.jsonl", capitals(20)),)
+    held_out = (write(tmp_path / "held-out.jsonl", rows),)
+    settings = {"model": str(base), "chat_template": "plain", "streams": StreamsConfig(1, 0), "block_size": 64}
+    settings |= {"data": data, "validation": held_out, "tokens": 300, "evaluations": 1}
+    config = run("sft", tmp_path / "1", **settings, batch_size=1)
+    model = load_model(base).eval()
+    nats, count = 0.0, 0
+    for row in load_chats(config, AutoTokenizer.from_pretrained(base)).validation:
+        ids = torch.tensor([row["input_ids"]])
+        labels = ids.masked_fill(torch.tensor([row["completion_mask"]]) == 0, -100)
+        with torch.no_grad():
+            nats += model(ids, labels=labels).loss.item() * sum(row["completion_mask"])
+        count += sum(row["completion_mask"])
+    found = [train(run("sft", tmp_path / str(size), **settings, batch_size=size)).start_loss for size in (1, 2, 4)]
+    assert found == pytest.approx([nats / count] * 3, abs=1e-5)
+
+
 def test_rows_on_both_sides_are_refused(tokenizer, tmp_path: Path) -> None:
     rows = capitals(4)
     data, held_out = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[3:])
@@ -167,6 +188,26 @@ def test_a_tokenizer_without_a_template_is_told_what_to_do(base: Path, tmp_path:
         prepare(TrainConfig("sft", tmp_path / "out", model=str(base), data=data))
     with pytest.raises(InputError, match=r"chat_template='none\.jinja'"):
         prepare(TrainConfig("sft", tmp_path / "out", model=str(base), data=data, chat_template="none.jinja"))
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{% for m in messages %}{{ m['content'] }", "unexpected"),
+        ("{{ raise_exception('no system here') }}", "no system here"),
+    ],
+)
+def test_a_template_that_cannot_be_applied_is_one_line(template: str, told: str, tokenizer) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=rf"here: the chat template cannot be applied to it \({told}.*\)") as refused:
+        list(examples_of({"messages": CHAT}, "here", tokenizer))
+    assert "\n" not in str(refused.value)
+
+
+def test_half_of_a_surrogate_pair_is_refused(tokenizer, tmp_path: Path) -> None:
+    data = (write(tmp_path / "a.jsonl", [{"prompt": "x \ud800", "completion": "y"}]),)
+    with pytest.raises(InputError, match=r"a\.jsonl:1: half of a surrogate pair"):
+        load_chats(TrainConfig("sft", tmp_path / "out", data=data), tokenizer)
 
 
 def test_a_template_that_hides_the_prompt_is_refused(tokenizer) -> None:

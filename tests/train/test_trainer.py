@@ -2,7 +2,9 @@
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.load import load_model
 from parscale.train.data import PackedText
-from parscale.train.trainer import check_output, train
+from parscale.train.trainer import StreamsTrainer, check_output, train
 from tests.train.conftest import run
 
 STREAMS = StreamsConfig(2, 8, diversify=("prefix", "embedding"))
@@ -65,6 +67,31 @@ def test_a_run_is_repeatable_to_the_last_bit(base: Path, text: PackedText, tmp_p
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_as_many_tokens_are_seen_as_are_told(
+    base: Path, text: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several passes over a text whose blocks make no whole number of batches; and one with less than a batch."""
+    seen: list[int] = []
+    step = StreamsTrainer.training_step
+
+    def watching(self: StreamsTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(inputs["input_ids"].numel())
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(StreamsTrainer, "training_step", watching)
+    for rows, batches in ((17, [8 * 32] * 8), (5, [5 * 32] * 12)):
+        seen.clear()
+        small = replace(text, train=text.train.select(range(rows)), train_tokens=rows * 32)
+        config = run("retrofit", tmp_path / str(rows), model=str(base), tokens=8 * 256, validation_blocks=11)
+        result = train(config, data=small)
+        assert (seen, result.tokens) == (batches, sum(batches))
+    whole = text.validation.select(range(11))
+    ids = torch.stack([row["input_ids"] for row in whole])
+    with torch.no_grad():
+        expected = load_model(tmp_path / "5")(ids, labels=ids).loss.item()
+    assert result.validation_loss == pytest.approx(expected, abs=1e-5)  # no row of the held-out text is left out
+
+
 def test_another_seed_gives_another_model(base: Path, text: PackedText, tmp_path: Path) -> None:
     losses = {
         train(run("retrofit", tmp_path / str(seed), model=str(base), streams=STREAMS, seed=seed), data=text).start_loss
@@ -90,6 +117,8 @@ def test_training_goes_on_from_a_model_that_has_streams(base: Path, text: Packed
     assert again.streams == STREAMS.to_dict()
     with pytest.raises(InputError, match="has streams of its own"):
         train(run("retrofit", tmp_path / "three", model=str(tmp_path / "one"), streams=StreamsConfig(3)), data=text)
+    with pytest.raises(InputError, match="has streams of its own"):  # asked for, though it is the default
+        train(run("retrofit", tmp_path / "four", model=str(tmp_path / "one"), streams=StreamsConfig()), data=text)
 
 
 def test_gradient_checkpointing_gives_the_same_model(base: Path, text: PackedText, tmp_path: Path) -> None:

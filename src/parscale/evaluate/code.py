@@ -77,6 +77,8 @@ def run_code(
     """
     if not options.execute:
         raise InputError(f"code={source}: this would run programs that the model writes; add --execute to allow it")
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit} is not accepted; give an integer >= 1")
     if not (outcome := run_program("", seconds=options.seconds, memory_mib=options.memory_mib)).passed:
         raise InputError(f"the sandbox cannot run even an empty program: {outcome.reason}")
     problems = read_problems(source)[:limit]
@@ -101,7 +103,8 @@ def read_problems(source: str) -> list[Problem]:
     """The problems of a file.
 
     Raises:
-        InputError: no row, or one that has neither `prompt`, `entry_point` and `test`, nor `test_list` and a text.
+        InputError: no row, or one that has neither `prompt`, `entry_point` and `test`, nor a text and a `test_list`
+            with a test in it.
     """
     problems = [problem_of(row, place) for place, row in read_rows(source, split="test")]
     if not problems:
@@ -115,13 +118,13 @@ def problem_of(row: Mapping[str, Any], place: str) -> Problem:
     if {"prompt", "entry_point", "test"} <= row.keys():
         tests = f"{row['test']}\ncheck({row['entry_point']})"
         return Problem(name, row["prompt"], row["prompt"], tests, STOPS + STOPS_HUMANEVAL)
-    if "test_list" in row and ("text" in row or "prompt" in row):
+    if row.get("test_list") and ("text" in row or "prompt" in row):
         prompt = f'"""\n{row.get("text") or row["prompt"]}\n{row["test_list"][0]}\n"""\n'
         setup = [row.get("test_setup_code") or "", *(row.get("test_imports") or ())]
         tests = "\n".join([*setup, row.get("test") or "\n".join(row["test_list"])])
         return Problem(name, prompt, "", tests, STOPS + STOPS_MBPP)
     raise InputError(
-        f"{place}: give prompt, entry_point and test (HumanEval), or text and test_list (MBPP); "
+        f"{place}: give prompt, entry_point and test (HumanEval), or text and a test_list of one or more (MBPP); "
         f"here are {', '.join(row) or '-'}"
     )
 

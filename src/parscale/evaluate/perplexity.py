@@ -16,6 +16,7 @@ from parscale.output import print_json, print_table
 from parscale.probe import evaluating, token_losses
 from parscale.streams.backbone import has_streams
 from parscale.train.corpus import Document, read_documents
+from parscale.train.shapes import check_context
 
 RESAMPLES = 2000
 
@@ -74,6 +75,7 @@ def evaluate(
     if block_size < 2 or tokens < block_size:
         raise InputError(f"block_size={block_size}, tokens={tokens}: give at least 2, and at least one block of tokens")
     model, tokenizer = ready_model(name, streams)
+    check_context(model, block_size, name)
     scores = [_score(model, tokenizer, text, block_size, tokens) for text in data]
     if as_json:
         print_json([asdict(score) for score in scores])
@@ -99,15 +101,16 @@ def ready_model(name: str, streams: int | None) -> tuple[Any, Any]:
 
 
 def document_losses(
-    model: Any, tokenizer: Any, documents: Sequence[Document], *, block_size: int, tokens: int
+    model: Any, tokenizer: Any, documents: Sequence[Document], *, block_size: int, tokens: int, each: int | None = None
 ) -> DocumentLosses:
-    """Losses document by document, of the first so many tokens. A piece of one token has nothing to predict."""
+    """Losses document by document, of the first so many tokens, and of at most `each` of a document. A piece of one
+    token has nothing to predict."""
     nats, counts, seen = [], [], 0
     with evaluating(model), torch.no_grad():
         for document in documents:
             if seen >= tokens:
                 break
-            ids = torch.tensor(tokenizer(document.text, add_special_tokens=False)["input_ids"][: tokens - seen])
+            ids = torch.tensor(tokenizer(document.text, add_special_tokens=False)["input_ids"])[: tokens - seen][:each]
             losses = [_losses(model, piece) for piece in ids.split(block_size) if len(piece) > 1]
             if losses:
                 nats.append(sum(loss.sum().item() for loss in losses))

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from parscale.config import StreamsConfig
@@ -160,7 +161,8 @@ def run_demo(
     }
     write_text(output / "demo.json", json.dumps(record, indent=1))
     write_text(output / "report.html", write_demo_report(record))
-    console.print(f"{record['seconds']:.0f} s. Numbers: {output / 'demo.json'}; report: {output / 'report.html'}")
+    told = f"{record['seconds']:.0f} s. Numbers: {output / 'demo.json'}; report: {output / 'report.html'}"
+    console.print(told, markup=False)
     return rows
 
 
@@ -254,5 +256,5 @@ def _complete(console: Console, output: Path, names: list[str]) -> list[dict[str
         for prompt in PROMPTS:
             text = complete(model, tokenizer, prompt, max_new_tokens=32)
             found.append({"model": name, "prompt": prompt, "completion": text})
-            console.print(f"[bold]{name}[/] {prompt!r} → {text!r}", highlight=False)
+            console.print(f"[bold]{name}[/] {escape(f'{prompt!r} → {text!r}')}", highlight=False)
     return found

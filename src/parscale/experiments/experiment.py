@@ -69,7 +69,7 @@ def run_experiments(
         if lack := _lack(claim, texts, talks):
             if list(names) != [ALL]:
                 raise InputError(f"{claim.name} needs {lack}")
-            Console().print(f"{claim.name}: not run, for it needs {lack}", highlight=False)
+            Console().print(f"{claim.name}: not run, for it needs {lack}", highlight=False, markup=False)
             continue
         corpora = {**{name: texts[name] for name in list(texts)[:1]}, **talks} if claim.chats else texts
         verdicts[claim.name] = _run(claim, scale, corpora, range(count), results, deadline, machines)
@@ -89,9 +89,23 @@ def parse_corpora(given: Sequence[str]) -> Corpora:
 def verdict_of(claim: Claim, rows: Sequence[dict[str, Any]], scale: str) -> Verdict:
     """What the rows of one scale say, in the order of the claim's runs: several workers write them in any."""
     place = {run.name: number for number, run in enumerate(claim.runs(SCALES[scale], ["first", "second"]))}
-    of_scale = [row for row in rows if row["scale"] == scale]
+    of_scale = _texts_apart([row for row in rows if row["scale"] == scale])
     of_scale.sort(key=lambda row: (place.get(row["name"], len(place)), row.get("seed", 0)))
     return claim.verdict(of_scale) if of_scale else NOT_RUN
+
+
+def _texts_apart(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, with the fingerprint behind the name of a text that has several: `stdlib` is another text on another
+    Python, and losses on two texts have no difference to tell."""
+    texts: dict[str, set[str]] = {}
+    for row in rows:
+        texts.setdefault(row.get("corpus", ""), set()).add(row.get("fingerprint", "unknown"))
+    return [
+        row | {"corpus": f"{row['corpus']} ({row.get('fingerprint', 'unknown')[:8]})"}
+        if len(texts[row.get("corpus", "")]) > 1
+        else row
+        for row in rows
+    ]
 
 
 def outcome_told(outcome: str, scale: str) -> str:
@@ -154,8 +168,9 @@ def _run(
         told = f"loss {row['validation_loss']:.4f}, {row['seconds']:.0f} s" if "validation_loss" in row else ""
         of = "" if total is None else f" of {total}"
         seed = f" seed {row['seed']}" if "seed" in row else ""
-        console.print(f"{claim.name} {count}{of}: {row['name']}{seed} {told}", highlight=False)
+        console.print(f"{claim.name} {count}{of}: {row['name']}{seed} {told}", highlight=False, markup=False)
     verdict = verdict_of(claim, read_rows(results / f"{claim.name}.jsonl"), scale)
     print_table(claim.sentence, verdict.table)
-    console.print(f"{claim.name}, {scale}: {outcome_told(verdict.outcome, scale)}. {verdict.reason}", highlight=False)
+    told = f"{claim.name}, {scale}: {outcome_told(verdict.outcome, scale)}. {verdict.reason}"
+    console.print(told, highlight=False, markup=False)
     return verdict

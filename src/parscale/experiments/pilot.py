@@ -20,6 +20,7 @@ from parscale.streams.parallelize import parallelize
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import read_documents, split_documents
 from parscale.train.data import PackedText, load_text, sample
+from parscale.train.shapes import check_context
 from parscale.train.stages import count_stream_parameters, freeze_backbone
 from parscale.train.trainer import check_output, train
 
@@ -28,7 +29,9 @@ LORA_RANK = 8
 LEAST_DOCUMENTS, LEAST_STEPS, MOST_STEPS = 5, 10, 3000
 FEW_STEPS = 100
 """Below it no answer is given: streams that start alike have hardly had the time to part."""
-HELD_OUT, HELD_OUT_TOKENS = 0.05, 50_000
+HELD_OUT, HELD_OUT_TOKENS, HELD_OUT_DOCUMENTS = 0.05, 50_000, 50
+"""Of the text, the share that is held out; of that, so many tokens of so many documents are read: an interval needs
+documents, and one that is long would take all the tokens."""
 PLAN, RECORD = "plan.json", "pilot.json"
 EVALUATIONS, EVALUATION_BLOCKS = 4, 32
 OVERHEAD = 1.2
@@ -191,23 +194,30 @@ def _plan(
     batch_size: int,
 ) -> int:
     """Steps of each run, so that all together take the minutes; decided once, so that a stopped pilot goes on."""
-    file, asked = out / PLAN, {"model": name, "data": list(data)}
+    file, asked = out / PLAN, {"model": name, "data": list(data), "minutes": minutes}
     if file.is_file():
         plan = json.loads(file.read_text(encoding="utf-8"))
         for what, ours in asked.items():
             if (theirs := plan.get(what)) != ours:
                 raise InputError(f"out={out} holds a pilot with {what}={theirs!r}, not {ours!r}; give another out")
+        if plan.get("text", text.fingerprint) != text.fingerprint:
+            raise InputError(
+                f"out={out} holds a pilot on another text than data={list(data)} has now, or with another block_size; "
+                "give another out"
+            )
         return plan["steps"]
     total = sum(_seconds_of_a_step(name, text, streams, batch_size) for streams in runs.values())
     evaluating = (EVALUATIONS + 1) * EVALUATION_BLOCKS / batch_size / 3  # in steps, of which a forward pass is a third
     steps = min(MOST_STEPS, max(LEAST_STEPS, int(60 * minutes / (OVERHEAD * total) - evaluating)))
-    write_text(file, json.dumps(asked | {"steps": steps, "minutes": minutes}))
+    write_text(file, json.dumps(asked | {"steps": steps, "text": text.fingerprint}))
     return steps
 
 
 def _seconds_of_a_step(name: str, text: PackedText, streams: StreamsConfig, batch_size: int) -> float:
     """The quicker of two forward and backward passes."""
-    model = parallelize(_on_device(load_model(name)), streams)
+    model = load_model(name)
+    check_context(model, text.block_size, name)
+    model = parallelize(_on_device(model), streams)
     freeze_backbone(model, "frozen")
     ids = sample(text.train, batch_size).to(model.device)
     seconds = []
@@ -221,7 +231,9 @@ def _seconds_of_a_step(name: str, text: PackedText, streams: StreamsConfig, batc
 
 
 def _held_out(model: Any, tokenizer: Any, documents: Sequence[Any], block_size: int) -> DocumentLosses:
-    return document_losses(_on_device(model), tokenizer, documents, block_size=block_size, tokens=HELD_OUT_TOKENS)
+    each = HELD_OUT_TOKENS // min(len(documents), HELD_OUT_DOCUMENTS)
+    options = {"block_size": block_size, "tokens": HELD_OUT_TOKENS, "each": each}
+    return document_losses(_on_device(model), tokenizer, documents, **options)
 
 
 def _row(
@@ -233,10 +245,10 @@ def _row(
         return row
     gain, low, high = compare(losses[label], losses["control"])
     ours, control = (
-        [entry["eval_loss"] for entry in found.history if "eval_loss" in entry]
+        {entry["step"]: entry["eval_loss"] for entry in found.history if "eval_loss" in entry}
         for found in (result, results["control"])
     )
-    gains = [theirs - mine for mine, theirs in zip(ours, control, strict=True)]
+    gains = [control[step] - ours[step] for step in sorted(ours.keys() & control.keys())]
     growing = gains[-1] > gains[len(gains) // 2 - 1] if len(gains) > 1 else None
     latency, memory = costs.get(label, (None, None))
     return replace(row, gain=gain, low=low, high=high, growing=growing, latency_ratio=latency, memory_ratio=memory)
@@ -285,6 +297,6 @@ def _print(record: Mapping[str, Any], as_json: bool) -> None:
     gains = ", ".join(f"{name} {gain:.3f}" for name, gain in law["gains"].items())
     outside = ", far outside of its range" if law["extrapolated"] else ""
     console.print(f"before: {record['loss_before']:.4f} nats on {record['documents']} held-out documents")
-    console.print(f"cost: {record['cost']}", highlight=False)
+    console.print(f"cost: {record['cost']}", highlight=False, markup=False)
     console.print(f"the paper's law, streams from the first token, {law['params']:,} parameters{outside}: {gains}")
-    console.print(record["verdict"], style="bold", highlight=False)
+    console.print(record["verdict"], style="bold", highlight=False, markup=False)

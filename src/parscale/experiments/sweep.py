@@ -134,9 +134,9 @@ def measure_once(
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a file; a last line that was cut short by a kill is none."""
-    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else [""]
+    held = file.read_bytes() if file.is_file() else b""
     try:
-        return [json.loads(line) for line in lines[:-1]]
+        return [json.loads(line) for line in held[: _whole(held)].splitlines()]
     except ValueError as error:
         raise InputError(f"{file}: a line of it is not JSON ({error})") from None
 
@@ -305,15 +305,27 @@ def _begin_worker(numbers: Any, devices: int) -> None:
     torch.set_num_threads(1)
 
 
+def _whole(held: bytes) -> int:
+    """How many bytes of a file are whole rows: a row may lack its line end, as an editor leaves it, but not its own."""
+    complete = held.rfind(b"\n") + 1
+    try:
+        json.loads(held[complete:])
+    except ValueError:
+        return complete
+    return len(held)
+
+
 def _append(file: Path, *rows: Mapping[str, Any]) -> None:
-    """Add a line each; what a kill left of a line before is cut off first."""
+    """Add a line each; what a kill left of a line before is cut off first, and one that lacks its end alone gets it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as out:
         out.seek(0)
         held = out.read()
-        whole = held.rfind(b"\n") + 1
+        whole = _whole(held)
         if whole != len(held):
             out.truncate(whole)
+        elif held and not held.endswith(b"\n"):
+            out.write(b"\n")
         out.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
         out.flush()
         os.fsync(out.fileno())

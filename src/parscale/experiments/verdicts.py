@@ -88,6 +88,18 @@ def gain_of(values: Sequence[float], reference: Sequence[float], worth: float = 
     return Gain(mean, mean / spread if spread > ROUNDING else nothing, low, high, len(gains), worth)
 
 
+def keeps(share: float, values: Sequence[float], whole: Sequence[float], reference: Sequence[float]) -> Gain:
+    """The gain of `values` over `reference` less `share` of that of `whole`: losses, one entry a seed."""
+    least = [theirs - share * (theirs - most) for most, theirs in zip(whole, reference, strict=True)]
+    return gain_of(values, least, worth=0)
+
+
+def outcome_of_share(kept: Gain, whole: Gain) -> Outcome:
+    """Whether a share of a gain is kept (`keeps`): undecided where that gain, the `whole`, is itself in doubt, for a
+    run that loses less than another one keeps nothing."""
+    return kept.outcome if kept.seeds == 0 or whole.outcome == "supported" else "undecided"
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean by Student's t. With three values a bootstrap would hardly reach past the values
     themselves, and miss the mean far more often than it says."""

@@ -16,6 +16,11 @@ from parscale.train.corpus import STDLIB
 Stage = Literal["pretrain", "retrofit", "frozen", "sft"]
 
 
+NOT_GIVEN = StreamsConfig()
+"""This very object stands where nothing is said of the streams: a model that has some goes on with them. An equal one
+that is another object was asked for."""
+
+
 def whole_number(text: str | float) -> int:
     """An integer, also as 1e6. Raises ValueError for anything else."""
     number = float(text)
@@ -164,7 +169,7 @@ class TrainConfig:
     stage: tyro.conf.Positional[Stage]
     output: Path
     model: str = "micro"
-    streams: Annotated[StreamsConfig, tyro.conf.arg(name="")] = field(default_factory=StreamsConfig)
+    streams: Annotated[StreamsConfig, tyro.conf.arg(name="")] = NOT_GIVEN
     balance: Annotated[Balance, tyro.conf.arg(name="")] = field(default_factory=Balance)
     data: tuple[str, ...] = (STDLIB,)
     mix: tuple[float, ...] = ()

@@ -122,6 +122,10 @@ class FaultTolerance:
         """The callbacks that stop a run which does not get better: they count evaluations."""
         return [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]  # type: ignore[attr-defined]
 
+    def has_run_out_of_patience(self) -> bool:
+        """Whether the last evaluation was one too many that was no better."""
+        return any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in self._patient())
+
     def _bare_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
@@ -185,8 +189,12 @@ class _Faults(TrainerCallback):
         elif self.in_a_row >= self.trainer.max_skipped:
             self.trainer.stopped_by = self.trouble
         if self.trainer.stopped_by is not None:
+            # an evaluation that is due comes first, and is in what is saved: to go on would not make up for it
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stopped_by == "SIGTERM" and self.trainer.has_run_out_of_patience():
+            self.trainer.stopped_by = None  # the evaluation in this very step ended the run: nothing is left to go on
 
 
 def _agree(finite: Tensor, stop: bool, device: torch.device) -> tuple[bool, bool]:

@@ -12,15 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.load import load_model
 from parscale.streams.backbone import has_streams, streams_of
 from parscale.streams.checkpoint import save_streams
 from parscale.streams.parallelize import parallelize
 from parscale.streams.tensors import belongs_to_streams
-from parscale.train.config import TrainConfig
-from parscale.train.shapes import build, check_vocabulary
+from parscale.train.config import NOT_GIVEN, TrainConfig
+from parscale.train.shapes import build, check_context, check_vocabulary
 from parscale.train.stages import freeze_backbone
 
 
@@ -42,6 +41,7 @@ def model_of(config: TrainConfig, tokenizer: Any, calibration: torch.Tensor) -> 
         model = load_model(config.model, quantize=config.quantize, dtype=getattr(torch, config.dtype))
         _check_quantized(model, config)
         check_vocabulary(model.config.vocab_size, tokenizer, config.model)
+    check_context(model, config.block_size, config.model)
     _give_streams(model, config, calibration)
     if config.quantize != "none":
         # the Trainer wants adapters on a quantised model: the streams are some; and it knows no 4 bits of torchao
@@ -102,7 +102,7 @@ def _give_streams(model: PreTrainedModel, config: TrainConfig, calibration: torc
     if not has_streams(model):
         if not config.streams.is_plain:
             parallelize(model, config.streams, calibration=calibration)
-    elif config.streams not in (StreamsConfig(), streams_of(model)):
+    elif config.streams is not NOT_GIVEN and config.streams != streams_of(model):
         raise InputError(
             f"model={config.model!r} has streams of its own ({streams_of(model).to_dict()}); leave out the flags "
             "of the streams, or give the same, to go on with them"

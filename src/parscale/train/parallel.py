@@ -69,6 +69,11 @@ def check_launch(config: TrainConfig) -> None:
         raise InputError(
             f"control with stream_parallel={config.stream_parallel}: its one stream cannot be split; run it apart"
         )
+    if config.balance.fewer_streams and config.stream_parallel > 1:
+        raise InputError(
+            f"fewer_streams={config.balance.fewer_streams} with stream_parallel={config.stream_parallel}: not every "
+            "number of streams can be split evenly; leave one of the two out"
+        )
     if _asked_for("DEEPSPEED"):
         for name in ("save_every", "resume"):
             if getattr(config, name):

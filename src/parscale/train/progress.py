@@ -14,7 +14,7 @@ class ProgressBar(TrainerCallback):
         self.title = title
         self.tokens_per_step = tokens_per_step
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
@@ -47,7 +47,8 @@ class ProgressBar(TrainerCallback):
         status = " · ".join(parts)
         self.progress.update(self.task, status=status)
         if not self.live and "eval_loss" in logs:
-            self.progress.console.print(f"{self.title} {state.global_step}/{state.max_steps} {status}")
+            line = f"{self.title} {state.global_step}/{state.max_steps} {status}"
+            self.progress.console.print(line, markup=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.live:

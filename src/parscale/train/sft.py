@@ -11,7 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from parscale.errors import InputError
+from parscale.load import first_line
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import read_rows
 from parscale.train.data import PackedText
@@ -35,9 +38,10 @@ def load_chats(config: TrainConfig, tokenizer: Any) -> PackedText:
     template that `config.chat_template` names.
 
     Raises:
-        InputError: a row that is neither `messages` nor `prompt` and `completion`; a tokenizer without a chat template
-            that needs one, or with one whose prompts are not the beginning of the conversation; an example longer than
-            `config.block_size`; a row on both sides; nothing to train on.
+        InputError: a row that is neither `messages` nor `prompt` and `completion`, or has half of a surrogate pair; a
+            tokenizer without a chat template that needs one, or with one that cannot be applied, or whose prompts are
+            not the beginning of the conversation; an example longer than `config.block_size`; a row on both sides;
+            nothing to train on.
     """
     _set_template(tokenizer, config.chat_template)
     rows = _distinct(read_rows(config.data))
@@ -117,6 +121,10 @@ def _distinct(rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, tuple[str
     distinct: dict[str, tuple[str, dict[str, Any]]] = {}
     for place, row in rows:
         said = row.get("messages") or [row.get("prompt"), row.get("completion")]
+        try:
+            json.dumps(said, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{place}: half of a surrogate pair is in it, which is not text; remove it") from None
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
         distinct.setdefault(digest, (place, row))
     return distinct
@@ -155,8 +163,11 @@ def _answer(
             "file, or rows of `prompt` and `completion`"
         )
     # As text first: cut at the answer's first character, not within a token that a template's end might merge into.
-    asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(conversation, tokenize=False)
+    try:
+        asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(conversation, tokenize=False)
+    except TemplateError as error:  # a mistake in it, or its own refusal of a role
+        raise InputError(f"{place}: the chat template cannot be applied to it ({first_line(error)})") from None
     if not whole.startswith(asked):
         raise InputError(
             f"{place}: with this chat template the prompt is not the beginning of the conversation, so the answer "

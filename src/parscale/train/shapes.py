@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
 from parscale.errors import InputError
@@ -15,6 +16,9 @@ SHAPES = {
     "small": (8, 512, 8),  # 25 M
     "base": (12, 768, 12),  # 85 M
 }
+
+POSITIONS = ("wpe", "embed_positions", "position_embeddings", "positions_embed")
+"""What transformers calls a table of learned positions."""
 
 
 def build(model: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
@@ -50,6 +54,22 @@ def build(model: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Pr
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     return AutoModelForCausalLM.from_config(config)
+
+
+def check_context(model: Any, block_size: int, name: str) -> None:
+    """Refuse sequences that are longer than a model's table of positions. Positions that are computed have none, and
+    neither does a prefix take any.
+
+    Raises:
+        InputError: naming both lengths.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in POSITIONS:
+            context = module.num_embeddings - getattr(module, "offset", 0)
+            if block_size > context:
+                raise InputError(
+                    f"block_size={block_size}: {name!r} has learned positions for {context} tokens; give no more"
+                )
 
 
 def check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerBase, model: str) -> None:

@@ -36,7 +36,7 @@ from parscale.train.checkpoints import MAY_CHANGE, PREFIX, SCRATCH, Checkpoints,
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, sample
 from parscale.train.faults import FaultTolerance, catching_sigterm, command_to_resume
-from parscale.train.loss import chunked_loss
+from parscale.train.loss import IGNORED, chunked_loss
 from parscale.train.model import base_of, model_of, save_model
 from parscale.train.parallel import (
     check_launch,
@@ -59,6 +59,8 @@ from parscale.train.watch import StreamWatch, as_logs, say
 
 RECORD = "train.json"
 """What a run was told and gave; a folder that has it holds a whole model."""
+ORIGIN = {"text": "another text than data={0.data} has now", "weights": "other weights than model={0.model!r} has now"}
+"""What a run was made from that its settings do not tell, by the names of `run_of`, and what is said of another."""
 LOGS = "runs"
 """Where TensorBoard's event files stand in the output folder."""
 
@@ -115,6 +117,7 @@ class StreamsTrainer(FaultTolerance, Trainer):
         self.corpora = dict(corpora or {})
         self.smooth = smooth
         self.balance = balance
+        self._labels_per_row: float | None = None
         if balance is not None:
             self.add_callback(balance)
         if stream_parallel > 1:
@@ -147,6 +150,16 @@ class StreamsTrainer(FaultTolerance, Trainer):
             self.lr_scheduler = scheduler
         return self.lr_scheduler
 
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's own, without what makes no whole batch at the end of a pass: a few rows would have an
+        optimizer step of their own, and be counted as a batch. They are others in every pass."""
+        groups = self.accelerator.num_processes // self.stream_parallel
+        self.args.dataloader_drop_last = len(self.train_dataset) >= groups * self.args.train_batch_size  # type: ignore[arg-type]
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False  # it would hold for evaluations too
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -157,9 +170,28 @@ class StreamsTrainer(FaultTolerance, Trainer):
                 metrics |= super().evaluate(blocks, ignore_keys, f"{metric_key_prefix}_{name}")
         return metrics
 
-    def compute_loss(self, *args: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The Trainer's own, and the step's penalty. A step may have several micro-batches; each brings its share."""
-        computed = super().compute_loss(*args, return_outputs=return_outputs, **kwargs)
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, with the loss in nats per label over the whole set. It takes the mean over rows of each
+        batch's mean, in which the labels of a batch that has few weigh more."""
+        rows = dataloader.dataset
+        self._labels_per_row = sum(_labels(dataloader.collate_fn([row])) for row in rows) / len(rows)
+        try:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self._labels_per_row = None
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The Trainer's own, and the step's penalty. A step may have several micro-batches; each brings its share.
+
+        In an evaluation: nats of this batch, over as many labels as its rows have on average in the whole set.
+        """
+        if self._labels_per_row is not None:
+            weight = _labels(inputs) / (len(inputs["labels"]) * self._labels_per_row)
+            computed: Any = super().compute_loss(model, inputs, return_outputs=return_outputs)
+            return (computed[0] * weight, computed[1]) if return_outputs else computed * weight
+        computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         penalty = self.balance.take_penalty() if self.balance is not None else None
         if penalty is None:
             return computed
@@ -195,6 +227,11 @@ class StreamsTrainer(FaultTolerance, Trainer):
         return self.smooth * past[-1] + (1 - self.smooth) * loss if past else loss
 
 
+def _labels(batch: Any) -> int:
+    """How many tokens of a batch are predicted: the first of a row never is."""
+    return int((batch["labels"][..., 1:] != IGNORED).sum())
+
+
 class _EvaluateLast(TrainerCallback):
     """Evaluates after the last step too, where the steps between evaluations do not divide the run."""
 
@@ -219,6 +256,8 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
         raise InputError(f"report_to={config.report_to!r} needs a package: pip install {config.report_to}")
     if config.resume and (record := _record(config.output)) is not None:
         _check_same(config, record["config"])
+        if "run" in record:
+            _check_same_origin(config, data, record["run"])
         say(f"{config.output} holds a run that has ended; nothing is left to do")
         return TrainResult(**record["result"])
     if is_first_process():
@@ -228,9 +267,7 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
 
 
 def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> TrainResult:
-    set_seed(config.seed)
-    data = data or prepare(config)
-    trained = model_of(config, data.tokenizer, sample(data.train, 4))
+    data, trained = _origin(config, data)
     model = base_of(trained)
     use_cache = getattr(model.config, "use_cache", True)  # the Trainer turns it off for good
     validation, *corpora = (
@@ -240,7 +277,8 @@ def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> Tra
     if data.end_of_text is not None:
         check_separate(trained, data.end_of_text)
     check_stream_parallel(model, config.stream_parallel, processes())
-    tokens_per_step = round(processes() // config.stream_parallel * config.batch_size * data.tokens_per_row)
+    rows = min(processes() // config.stream_parallel * config.batch_size, len(data.train))  # of a step
+    tokens_per_step = round(rows * data.tokens_per_row)
     steps = max(1, (config.tokens or data.train_tokens) // tokens_per_step)
     several = has_streams(model) and model.streams > 1
     balance = StreamBalance(model, config.balance, config.seed) if several and not config.balance.is_off else None
@@ -300,7 +338,8 @@ def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> Tra
     )
     whole = whole_parameters(trained) if trainer.is_fsdp_enabled else None
     if is_first_process():
-        record = {"result": asdict(result), "config": _plain(asdict(config))}
+        run = {name: checkpoints.run[name] for name in ORIGIN}
+        record = {"result": asdict(result), "config": _plain(asdict(config)), "run": run}
         save_run(trained, data.tokenizer, config.output, record, whole)
     trainer.accelerator.wait_for_everyone()
     return result
@@ -313,24 +352,23 @@ def save_run(
     record: dict[str, Any],
     whole: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write model, tokenizer and `train.json` under a temporary name, then rename: the folder is whole or absent.
+    """Write model, tokenizer and `train.json` under a temporary name, then rename: the folder is whole or absent. Into
+    a folder that is there the files are moved, `train.json` last: with it the folder is whole.
 
     `whole` is the state of a model that is sharded.
     """
-    scratch = output.with_name(f".{output.name}.partial")
+    scratch = _scratch(output)
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         save_model(model, scratch, whole)
         tokenizer.save_pretrained(scratch)
         (scratch / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        if output.exists() and any(output.iterdir()):  # checkpoints and logs of this run
+        if output.exists():  # with this run's checkpoints and logs; or empty, and maybe where this process works
             for file in sorted(scratch.iterdir(), key=lambda file: file.name == RECORD):  # the record makes it whole
                 file.replace(output / file.name)
             scratch.rmdir()
         else:
-            if output.exists():
-                output.rmdir()
             scratch.rename(output)
     except Exception as error:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -354,7 +392,7 @@ def check_output(output: Path, *, resume: bool = False) -> None:
         raise InputError(f"output={output} holds a run that was stopped; add --resume to go on, or give another name")
     if (output.exists() and not output.is_dir()) or ours != held:
         raise InputError(f"output={output} exists and is not an empty folder; give another name or remove it")
-    probe = output.with_name(f".{output.name}.partial")
+    probe = _scratch(output)
     shutil.rmtree(probe, ignore_errors=True)  # a run that was killed while it saved leaves half a model there
     try:
         probe.mkdir(parents=True)
@@ -363,9 +401,15 @@ def check_output(output: Path, *, resume: bool = False) -> None:
         raise InputError(f"output={output}: cannot write there ({error.strerror or error})") from None
 
 
+def _scratch(output: Path) -> Path:
+    """Where a run is written before it has its name: beside it, on the same disk. A relative `.` has no name."""
+    whole = output.resolve()
+    return whole.with_name(f".{whole.name}.partial")
+
+
 def _arguments(config: TrainConfig, steps: int, starting: bool, make: Callable[..., Any]) -> Any:
     on_gpu = torch.cuda.is_available()
-    return make(
+    made = make(
         output_dir=str(config.output),
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
@@ -391,7 +435,17 @@ def _arguments(config: TrainConfig, steps: int, starting: bool, make: Callable[.
         data_seed=config.seed,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=on_gpu,
+        # some of the streams' parameters get no gradient then; DDP would wait for them
+        ddp_find_unused_parameters=True if _leaves_unused(config) else None,
     )
+    # without a launcher the Trainer would take all GPUs, by nn.DataParallel: a larger batch, and no split of streams
+    made._n_gpu = min(1, made.n_gpu)
+    return made
+
+
+def _leaves_unused(config: TrainConfig) -> bool:
+    """Whether a step may leave parameters out: those of streams that do not run, or prefixes that a generator makes."""
+    return config.balance.fewer_streams > 0 or config.streams.prefix_init == "reparameterized"
 
 
 def finished_run(output: Path) -> TrainResult | None:
@@ -413,6 +467,24 @@ def _check_same(config: TrainConfig, theirs: dict[str, Any]) -> None:
                 f"output={config.output} holds a run that has ended, with {name}={theirs[name]!r} instead of {ours!r}; "
                 "give another output"
             )
+
+
+def _check_same_origin(config: TrainConfig, data: PackedText | None, theirs: dict[str, Any]) -> None:
+    """Refuse a run that has ended, and that was made from `theirs`: another text, or other weights."""
+    text, trained = _origin(config, data)
+    ours = run_of(config, text, base_of(trained))
+    for name, told in ORIGIN.items():
+        if theirs[name] != ours[name]:
+            raise InputError(
+                f"output={config.output} holds a run that has ended, with {told.format(config)}; give another output"
+            )
+
+
+def _origin(config: TrainConfig, data: PackedText | None) -> tuple[PackedText, Any]:
+    """The text of a run, and the model that it trains."""
+    set_seed(config.seed)
+    data = data or prepare(config)
+    return data, model_of(config, data.tokenizer, sample(data.train, 4))
 
 
 @contextmanager

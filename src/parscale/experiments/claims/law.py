@@ -12,10 +12,10 @@ import numpy as np
 from parscale.errors import InputError
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against, even
-from parscale.experiments.verdicts import SEEDS, Row, Verdict, by_corpus, by_seed, combine, names
+from parscale.experiments.verdicts import SEEDS, WORTH, Row, Verdict, by_corpus, by_seed, combine, names
 from parscale.law.compare import compare
-from parscale.law.fit import bootstrap, fit
-from parscale.law.forms import SMALL
+from parscale.law.fit import Law, bootstrap, fit
+from parscale.law.forms import BILLION, SMALL
 from parscale.train.config import Balance
 
 SIZES = 5
@@ -36,7 +36,8 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 
 def verdict(rows: Sequence[Row]) -> Verdict:
     """Supported where k's interval is above its bound, no rival form predicts runs that were left out better, and one
-    without streams does worse."""
+    without streams does worse; undecided where k may be nothing and may be worth something, and no form without
+    streams does as well."""
     table, outcomes, said, curves = [], [], [], {}
     for corpus, of in by_corpus(rows).items():
         runs = law_runs(of)
@@ -52,7 +53,10 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         low, high = intervals["k"]
         best = low > 2 * SMALL and "paper" in comparison.supported and "chinchilla" not in comparison.supported
         few = min(len(by_seed(of, name)) for name in names(of)) < SEEDS or len(np.unique(law.runs.size)) < SIZES
-        outcomes.append("undecided" if few else "supported" if best else "not supported")
+        # an interval down to the bound is no evidence against the law, unless one without streams does as well, or
+        # not even the interval's upper end is a gain worth having
+        doubt = low <= 2 * SMALL and "chinchilla" not in comparison.supported and _largest_gain(law, high) > WORTH
+        outcomes.append("undecided" if few or doubt else "supported" if best else "not supported")
         said.append(
             f"{corpus}: k = {law.k:.3f} [{low:.3f}, {high:.3f}], R² = {law.r2:.3f}; with the streams' own parameters "
             f"in N k = {with_own.k:.3f}. {comparison.verdict}"
@@ -87,6 +91,12 @@ def law_runs(rows: Sequence[Row], own: bool = False) -> list[dict[str, Any]]:
         }
         for row in sorted(rows, key=lambda row: row["params"])
     ]
+
+
+def _largest_gain(law: Law, k: float) -> float:
+    """What such a k would be worth to the run that it gains the most, nats."""
+    reducible = (law.A * BILLION / law.runs.params) ** law.alpha
+    return float(np.max(reducible * (1 - (1 + k * np.log(law.runs.streams)) ** -law.alpha)))
 
 
 CLAIM = Claim(

@@ -11,10 +11,11 @@ from parscale.experiments.verdicts import (
     by_corpus,
     by_seed,
     combine,
-    gain_of,
     gain_points,
+    keeps,
     mean_loss,
     names,
+    outcome_of_share,
     paired,
 )
 from parscale.train.config import Stage
@@ -65,9 +66,10 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             )
             points.setdefault(place, {})[name] = (f"{place}, {keys}", float(streams.removeprefix("P=")))
             if keys == "shared" and int(streams.removeprefix("P=")) in DECIDING:
-                over = _over_share(of, name, own, control)
-                outcomes.append(over.outcome)
-                told = "not run" if kept is None else f"{kept:.0%} kept"
+                losses = _losses(of, name, own, control)
+                over = keeps(KEPT, *zip(*losses, strict=True)) if losses else keeps(KEPT, (), (), ())
+                outcomes.append(outcome_of_share(over, paired(of, own, control)))
+                told = "not run" if not losses else "no gain to keep" if kept is None else f"{kept:.0%} kept"
                 said.append(f"{place}, {streams} on {corpus}: {told}; gain less {KEPT:.0%} of the own gain {over}")
     for place, of_place in points.items():
         curves |= gain_points(rows, of_place, f"{place}, control")
@@ -115,15 +117,11 @@ def _losses(rows: Sequence[Row], *wanted: str) -> list[tuple[float, ...]]:
 
 
 def _kept(rows: Sequence[Row], shared: str, own: str, control: str) -> float | None:
-    """Mean gain of the shared run over that of the own one; None where no seed has all three."""
+    """Mean gain of the shared run over that of the own one; None where no seed has all three, or where the own one
+    gained nothing."""
     losses = _losses(rows, shared, own, control)
     gained = sum(reference - of_own for _, of_own, reference in losses)
-    return sum(reference - of_shared for of_shared, _, reference in losses) / gained if gained else None
-
-
-def _over_share(rows: Sequence[Row], shared: str, own: str, control: str) -> Any:
-    losses = _losses(rows, shared, own, control)
-    return gain_of([s for s, _, _ in losses], [c - KEPT * (c - o) for _, o, c in losses], worth=0)
+    return sum(reference - of_shared for of_shared, _, reference in losses) / gained if gained > 0 else None
 
 
 CLAIM = Claim(

@@ -1,6 +1,5 @@
 """How to divide the compute between a plain stage 1 and a stage 2 with streams (the paper's third open question)."""
 
-import statistics
 from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
@@ -12,12 +11,16 @@ from parscale.experiments.verdicts import (
     by_seed,
     combine,
     gain_of,
+    keeps,
+    loss,
     mean_loss,
     names,
+    outcome_of_share,
     over_control,
 )
 
 P = 4
+KEPT = 0.953
 SHARES = (0.1, 0.25, 0.5, 0.75)
 """Of the compute in stage 2."""
 
@@ -54,13 +57,12 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             continue
         least = by_seed(of, f"share {min(shares):g}")
         seeds = sorted(least.keys() & control.keys() & scratch.keys())
-        gained = [control[s]["validation_loss"] - scratch[s]["validation_loss"] for s in seeds]
-        kept = [control[s]["validation_loss"] - least[s]["validation_loss"] for s in seeds]
-        over = gain_of([0.953 * g for g in gained], kept, worth=0)
-        outcomes.append(over.outcome)
+        of_least, of_whole, of_control = ([loss(of[s]) for s in seeds] for of in (least, scratch, control))
+        gained = gain_of(of_whole, of_control)
+        outcomes.append(outcome_of_share(keeps(KEPT, of_least, of_whole, of_control), gained))
+        kept = gain_of(of_least, of_control).mean
         said.append(
-            f"{corpus}: with {min(shares):.0%} of the compute in stage 2, gain {statistics.mean(kept):+.4f} of "
-            f"{statistics.mean(gained):+.4f} from scratch"
+            f"{corpus}: with {min(shares):.0%} of the compute in stage 2, gain {kept:+.4f} of {gained} from scratch"
             if seeds
             else f"{corpus}: not run"
         )

@@ -6,7 +6,7 @@ import numpy as np
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against, even
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, loss
+from parscale.experiments.verdicts import SEEDS, Outcome, Row, Verdict, by_corpus, by_seed, loss
 from parscale.train.config import Balance
 
 RESAMPLES = 10_000
@@ -29,13 +29,14 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 def verdict(rows: Sequence[Row]) -> Verdict:
     """The theory leaves [(P−1)ρ+1]/P of the reducible loss, so the gain over the control's loss is at most the rest;
     it holds where the measured gain rises with 1 − [(P−1)ρ+1]/P over all runs."""
-    table, points = [], {}
+    table, points, seeds = [], {}, {}
     for corpus, of in by_corpus(rows).items():
         control = by_seed(of, "control")
         for row in of:
             rho = row["measured"].get("rho")
             if rho is None or row["seed"] not in control:
                 continue
+            seeds.setdefault((corpus, row["name"]), set()).add(row["seed"])
             p = row["streams"]
             left = ((p - 1) * rho + 1) / p
             gain = loss(control[row["seed"]]) - loss(row)
@@ -47,8 +48,11 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     if not slopes:
         return Verdict("undecided" if table else "not run", f"Fewer than {LEAST} runs with streams on a text.", table)
     said = [f"{corpus}: {value:+.2f} [{low:+.2f}, {high:+.2f}]" for corpus, (value, low, high) in slopes.items()]
-    outcome = "undecided"
-    if all(low > 0 for _, low, _ in slopes.values()):
+    few = min(len(seen) for (corpus, _), seen in seeds.items() if corpus in slopes) < SEEDS
+    outcome: Outcome = "undecided"
+    if few:
+        said.append(f"fewer than {SEEDS} seeds of a run")
+    elif all(low > 0 for _, low, _ in slopes.values()):
         outcome = "supported"
     elif all(high <= 0 for _, _, high in slopes.values()):
         outcome = "not supported"
