@@ -1,5 +1,4 @@
-"""Completing a prompt: what `parscale generate` and the demo call, and what ends a text. All of `model.generate` is there
-besides."""
+"""Completing a prompt, as `parscale generate` and the demo do, and what ends a text. All of `model.generate` is there."""
 
 from typing import Any
 

@@ -70,6 +70,7 @@ class StreamsBackbone(_HasStreams):
     stream_embedding: nn.Parameter
     get_input_embeddings: Any
     config: Any
+    training: bool
 
     def forward(  # the names that every decoder backbone of transformers shares
         self,
