@@ -1,4 +1,4 @@
-"""Completing a prompt, as `parscale generate` and the demo do, and what ends a text. All of `model.generate` is there."""
+"""Completing a prompt, as `parscale generate` and the demo do, and what ends a text; the rest is `model.generate`'s."""
 
 from typing import Any
 

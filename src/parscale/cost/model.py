@@ -55,6 +55,8 @@ PAPER_SHAPES = {
 }
 
 
+_TIED = ("gemma", "ernie4_5", "smollm3")
+"""Families with a gated MLP whose head is tied where a config does not say."""
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -203,15 +205,12 @@ def shape_of(model: str | Path | Shape) -> Shape:
 
 
 def _is_tied(whole: dict[str, Any], text: dict[str, Any]) -> bool:
-    """As transformers reads it: what a config leaves out has the default of its family's class, and a model with a part
-    for text is tied where either of its two configs says so."""
+    """As transformers reads it: what a config leaves out has the family's default, and a model with a part for text is
+    tied where either of its two configs says so."""
     said = [config["tie_word_embeddings"] for config in (whole, text) if "tie_word_embeddings" in config]
     if said:
         return any(said)
-    from transformers import CONFIG_MAPPING
-
-    family = whole.get("model_type", text.get("model_type", "")).removesuffix("_parscale")
-    return bool(getattr(CONFIG_MAPPING[family], "tie_word_embeddings", False)) if family in CONFIG_MAPPING else False
+    return whole.get("model_type", text.get("model_type", "")).startswith(_TIED)
 
 
 def _read_config(model: str | Path) -> dict[str, Any]:
