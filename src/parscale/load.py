@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from parscale.errors import InputError
+from parscale.errors import InputError, first_line
 from parscale.streams.backbone import has_streams
 from parscale.streams.checkpoint import DEFAULT, MANIFEST, load_streams
 from parscale.streams.families import SUFFIX, register_family
@@ -59,11 +59,6 @@ def load_tokenizer(name: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"tokenizer {str(name)!r} cannot be loaded: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first: later lines are advice for the developers of other libraries."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _holds_adapters(folder: Path) -> bool:

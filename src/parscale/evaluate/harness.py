@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parscale.errors import InputError
+from parscale.errors import InputError, first_line
 from parscale.evaluate.perplexity import ready_model
-from parscale.load import first_line
 from parscale.output import print_json, print_table
 
 MAIN_METRICS = ("acc_norm", "acc", "exact_match")

@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from parscale.errors import InputError
-from parscale.load import first_line
+from parscale.errors import InputError, first_line
 
 
 @contextmanager

@@ -127,6 +127,13 @@ def by_seed(rows: Sequence[Row], name: str) -> dict[int, Row]:
     return {row["seed"]: row for row in rows if row["name"] == name}
 
 
+def losses_of(rows: Sequence[Row], *wanted: str) -> list[list[float]]:
+    """Losses of each run of these names, over the seeds that all of them have. Rows of one text."""
+    of = [by_seed(rows, name) for name in wanted]
+    seeds = sorted(set.intersection(*(set(one) for one in of)))
+    return [[loss(one[seed]) for seed in seeds] for one in of]
+
+
 def by_corpus(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of each text, in the order in which the texts came."""
     found: dict[str, list[Row]] = {}

@@ -52,16 +52,15 @@ def compare(runs: Any) -> Comparison:
 
 
 def _determined(runs: Runs) -> list[Form]:
-    has_p, has_d = len(np.unique(runs.streams)) > 1, runs.tokens is not None and len(np.unique(runs.tokens)) > 2
-    forms = [f for f in FORMS.values() if (has_p or not f.needs_streams) and (has_d or not f.needs_tokens)]
     many = len(np.unique(runs.configuration))
-    return [f for f in forms if len(f.coefficients) < many and why_not_identifiable(runs, f) is None]
+    return [f for f in FORMS.values() if len(f.coefficients) < many and why_not_identifiable(runs, f) is None]
 
 
 def _rival(runs: Runs, form: Form) -> Rival:
     law = fit(runs, form.name)
-    held_out = np.full(runs.configuration.max() + 1, np.nan)
-    for row in leave_one_out(law, runs.configuration):
+    same = runs.configuration
+    held_out = np.full(same.max() + 1, np.nan)
+    for row in leave_one_out(law, same):
         held_out[row["left_out"]] = np.mean(row["errors"] ** 2)
     return Rival(
         law, _rms(np.sqrt(held_out)), _rms(_errors(law, runs.size)), _rms(_errors(law, runs.streams)), held_out

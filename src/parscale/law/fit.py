@@ -66,6 +66,11 @@ class Law:
         return self.coefficients["k"]
 
     @property
+    def is_exact(self) -> bool:
+        """Whether distinct runs are as few as coefficients: the law passes through all, nothing tells its errors."""
+        return len(np.unique(self.runs.configuration)) <= len(self.form.coefficients)
+
+    @property
     def residuals(self) -> np.ndarray:
         """Predicted minus measured loss, nats, shape (runs,)."""
         return self.form.curve(self.theta, self.runs)[0] - self.runs.loss
@@ -130,7 +135,7 @@ def bootstrap(law: Law, samples: int = 400, seed: int = 0) -> dict[str, tuple[fl
     few as coefficients: the law passes through every one of them, and they tell nothing of its errors."""
     if samples < 20:
         raise InputError(f"samples is {samples}: a 95 % interval needs at least 20 bootstrap samples")
-    if len(np.unique(law.runs.configuration)) <= len(law.form.coefficients):
+    if law.is_exact:
         return dict.fromkeys(law.coefficients, (float("nan"), float("nan")))
     return percentiles(law, bootstrap_thetas(law, samples, seed))
 
@@ -145,8 +150,9 @@ def bootstrap_thetas(law: Law, samples: int, seed: int = 0) -> np.ndarray:
     Raises:
         InputError: there are as few configurations as coefficients.
     """
-    places = [np.flatnonzero(law.runs.configuration == i) for i in range(law.runs.configuration.max() + 1)]
-    if len(places) <= len(law.form.coefficients):
+    number = law.runs.configuration
+    places = [np.flatnonzero(number == i) for i in range(number.max() + 1)]
+    if law.is_exact:
         raise InputError(
             f"{len(places)} distinct runs leave nothing to tell the errors of the form {law.form.name!r} from: it has "
             f"{len(law.form.coefficients)} coefficients; give more runs"

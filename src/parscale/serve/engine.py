@@ -13,9 +13,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.utils import logger as batching_log
 
-from parscale.errors import InputError
+from parscale.errors import InputError, first_line
 from parscale.generate import end_tokens
-from parscale.load import first_line
 from parscale.serve.limits import Limits
 from parscale.serve.sampling import Sampling, use_sampler
 from parscale.streams.backbone import has_streams, streams_of

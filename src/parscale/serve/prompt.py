@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from parscale.load import first_line
+from parscale.errors import first_line
 from parscale.serve.engine import Engine
 from parscale.serve.sampling import Sampling
 from parscale.serve.schema import ChatRequest, CompletionOptions, Refusal, TextRequest

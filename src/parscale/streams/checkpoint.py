@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from parscale.config import StreamsConfig
-from parscale.errors import InputError
+from parscale.errors import InputError, first_line
 from parscale.streams.attention import TAG
 from parscale.streams.backbone import StreamsForCausalLM, check_attention, streams_of
 from parscale.streams.families import SUFFIX, give_streams, own_config, register_family, remove_streams
@@ -194,7 +194,7 @@ def _find(source: str | os.PathLike[str], file: str, revision: str | None) -> Pa
     try:
         return Path(hf_hub_download(str(source), file, revision=revision))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"{str(source)!r} is neither a folder nor a reachable repository with {file}: {reason}"
         ) from None
@@ -208,7 +208,7 @@ def _expected(model: PreTrainedModel, entries: dict[str, Any], source: object) -
         with torch.device("meta"):
             skeleton = model_class(config)
     except RuntimeError as error:
-        raise InputError(f"{source}: its settings make no model ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{source}: its settings make no model ({first_line(error)})") from None
     return {name: parameter.shape for name, parameter in stream_tensors(skeleton).items()}
 
 

@@ -62,10 +62,8 @@ class StreamsGeneration:
         shared = [*self.parameters(), *self.buffers(), self.base_model.stream_adapters]  # type: ignore[attr-defined]
         kept = getattr(self, KEPT, None)
         other = copy.deepcopy(self, {id(one): one for one in shared} | {id(kept): None})
-        for compiled in (
-            "_compiled_call",
-            "_last_compile_config",
-        ):  # transformers keeps there a call of this very model
+        # What transformers has compiled is a call of this very model.
+        for compiled in ("_compiled_call", "_last_compile_config"):
             vars(other).pop(compiled, None)
         other.set_streams(streams)
         return other
@@ -87,8 +85,9 @@ class StreamsGeneration:
             InputError: `streams` is not from 1 to P, or there is not one for each prompt; the prompt is longer than the
                 model's context.
         """
-        given = [one for one in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if one is not None]
-        for prompt in given:
+        for prompt in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")):
+            if prompt is None:
+                continue
             self._check_length(prompt.shape[1])
             if isinstance(streams, Sequence) and len(streams) != prompt.shape[0]:
                 raise InputError(f"streams={streams!r} for {prompt.shape[0]} prompts: give one number for each")

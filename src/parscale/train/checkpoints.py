@@ -28,8 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 
-from parscale.errors import InputError
-from parscale.load import first_line
+from parscale.errors import InputError, first_line
 from parscale.streams.tensors import belongs_to_streams
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText

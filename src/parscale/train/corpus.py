@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from parscale.errors import InputError
+from parscale.errors import InputError, first_line
 
 STDLIB = "stdlib"
 """The source that needs no download: the standard library of the running Python, as Python files."""
@@ -198,7 +198,7 @@ def _open_data_set(source: str, split: str, streaming: bool) -> Any:
             return datasets.load_dataset(name, config or None, split=split, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{source}: neither a file or folder here nor a data set whose {split!r} split loads: {_first_line(error)}"
+            f"{source}: neither a file or folder here nor a data set whose {split!r} split loads: {first_line(error)}"
         ) from error
     finally:
         if not bars_were_off:
@@ -231,7 +231,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{place}: not a line of JSON: {_first_line(error)}") from error
+            raise InputError(f"{place}: not a line of JSON: {first_line(error)}") from error
         if not isinstance(row, dict):
             raise InputError(f'{place}: give one JSON object a line, such as {{"id": "1", "text": "…"}}')
         yield place, row
@@ -251,7 +251,7 @@ def _documents_of_parquet(path: Path, text_column: str) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: column {text_column!r} holds bytes that are not UTF-8: {error.reason}") from error
     except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as parquet: {_first_line(error)}") from error
+        raise InputError(f"{path}: cannot be read as parquet: {first_line(error)}") from error
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -294,7 +294,7 @@ def _decompressed(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:
                 chunk = frame.unused_data if frame.eof else b""
                 frame = None if frame.eof else frame
     except zstandard.ZstdError as error:
-        raise InputError(f"{path}: not readable as zstd: {_first_line(error)}") from error
+        raise InputError(f"{path}: not readable as zstd: {first_line(error)}") from error
     if frame is not None:  # the stream readers take a truncated frame for the end of the file
         raise InputError(f"{path}: the zstd data is truncated; fetch or compress the file again")
 
@@ -324,7 +324,3 @@ def _text(value: Any, place: str, text_column: str) -> str:
 
 def _accepted() -> str:
     return ", ".join(SUFFIXES)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

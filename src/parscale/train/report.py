@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from parscale.config import StreamsConfig
-from parscale.errors import InputError
+from parscale.errors import InputError, first_line
 from parscale.output import print_table, write_text
 from parscale.train.config import TrainConfig
 from parscale.train.parallel import is_first_process
@@ -95,7 +95,7 @@ def _has_streams(model: str) -> bool:
     try:
         entries = vars(AutoConfig.from_pretrained(model))
     except (OSError, ValueError) as error:
-        raise InputError(f"model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise InputError(f"model {model!r} cannot be loaded: {first_line(error)}") from None
     return "parscale_n" in entries and not StreamsConfig.from_json(entries).is_plain
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import default_data_collator
 
 from parscale.errors import InputError
+from parscale.streams.diversify.calibration import evaluating
 from parscale.train.data import PackedText
 
 Collator = Callable[[list[Any]], dict[str, Any]]
@@ -48,7 +49,6 @@ class SeparateDocuments:
         return batch
 
 
-@torch.no_grad()
 def check_separate(model: Any, end_of_text: int) -> None:
     """Refuse a model in which a document sees the one before it, however its positions start.
 
@@ -59,9 +59,8 @@ def check_separate(model: Any, end_of_text: int) -> None:
     second = [end_of_text, one, other, one]
     ids = torch.tensor([[one, one, one, *second], [other, other, other, *second]], device=model.device)
     positions = torch.tensor([0, 1, 2, 3, 0, 1, 2], device=model.device).expand_as(ids)
-    training = model.training
-    told = model.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:].float()
-    model.train(training)
+    with evaluating(model):
+        told = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:].float()
     if not torch.allclose(told[0], told[1], rtol=1e-2, atol=1e-2 * told.std().item()):
         raise InputError(
             f"separate_documents with a model of the family {model.config.model_type!r}: its documents see each other "

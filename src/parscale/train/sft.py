@@ -13,8 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from parscale.errors import InputError
-from parscale.load import first_line
+from parscale.errors import InputError, first_line
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import read_rows
 from parscale.train.data import PackedText

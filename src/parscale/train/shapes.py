@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
-from parscale.errors import InputError
+from parscale.errors import InputError, first_line
 
 # layers, hidden size, heads. Parameters without embeddings: about 12·layers·hidden².
 SHAPES = {
@@ -46,7 +46,7 @@ def build(model: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Pr
         try:
             config = AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise InputError(
                 f"model={model!r}: give one of {tuple(SHAPES)}, a folder or a hub name ({reason})"
             ) from None

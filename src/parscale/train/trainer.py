@@ -27,8 +27,7 @@ from transformers import (
 )
 
 from parscale.config import StreamsConfig
-from parscale.errors import InputError
-from parscale.load import first_line
+from parscale.errors import InputError, first_line
 from parscale.probe import StreamProbe
 from parscale.streams.backbone import has_streams, streams_of
 from parscale.train.balance import StreamBalance

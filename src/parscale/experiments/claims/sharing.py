@@ -13,6 +13,7 @@ from parscale.experiments.verdicts import (
     combine,
     gain_points,
     keeps,
+    losses_of,
     mean_loss,
     names,
     outcome_of_share,
@@ -54,7 +55,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         for name in (name for name in names(of) if not name.endswith("control")):
             place, streams, keys = name.split(", ", 2)
             control, own = f"{place}, control", f"{place}, {streams}, own"
-            kept = _kept(of, name, own, control)
+            losses = losses_of(of, name, own, control)
+            kept = _kept(*losses)
             table.append(
                 {
                     "text": corpus,
@@ -66,10 +68,9 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             )
             points.setdefault(place, {})[name] = (f"{place}, {keys}", float(streams.removeprefix("P=")))
             if keys == "shared" and int(streams.removeprefix("P=")) in DECIDING:
-                losses = _losses(of, name, own, control)
-                over = keeps(KEPT, *zip(*losses, strict=True)) if losses else keeps(KEPT, (), (), ())
+                over = keeps(KEPT, *losses)
                 outcomes.append(outcome_of_share(over, paired(of, own, control)))
-                told = "not run" if not losses else "no gain to keep" if kept is None else f"{kept:.0%} kept"
+                told = "not run" if not over.seeds else "no gain to keep" if kept is None else f"{kept:.0%} kept"
                 said.append(f"{place}, {streams} on {corpus}: {told}; gain less {KEPT:.0%} of the own gain {over}")
     for place, of_place in points.items():
         curves |= gain_points(rows, of_place, f"{place}, control")
@@ -109,19 +110,11 @@ def _variants(scale: Scale, corpus: str) -> list[Run]:
     return found
 
 
-def _losses(rows: Sequence[Row], *wanted: str) -> list[tuple[float, ...]]:
-    """Losses of the runs of these names, one entry for each seed that all of them have."""
-    of = [by_seed(rows, name) for name in wanted]
-    seeds = sorted(set.intersection(*(set(one) for one in of)))
-    return [tuple(one[seed]["validation_loss"] for one in of) for seed in seeds]
-
-
-def _kept(rows: Sequence[Row], shared: str, own: str, control: str) -> float | None:
+def _kept(shared: Sequence[float], own: Sequence[float], control: Sequence[float]) -> float | None:
     """Mean gain of the shared run over that of the own one; None where no seed has all three, or where the own one
     gained nothing."""
-    losses = _losses(rows, shared, own, control)
-    gained = sum(reference - of_own for _, of_own, reference in losses)
-    return sum(reference - of_shared for of_shared, _, reference in losses) / gained if gained > 0 else None
+    of_shared, gained = (sum(c - x for c, x in zip(control, of, strict=True)) for of in (shared, own))
+    return of_shared / gained if gained > 0 else None
 
 
 CLAIM = Claim(

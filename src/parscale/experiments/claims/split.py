@@ -12,7 +12,7 @@ from parscale.experiments.verdicts import (
     combine,
     gain_of,
     keeps,
-    loss,
+    losses_of,
     mean_loss,
     names,
     outcome_of_share,
@@ -49,21 +49,18 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     """Supported where the least share of compute in stage 2 keeps at least 95.3 % of the from-scratch gain."""
     outcomes, said, curves = [], [], {}
     for corpus, of in by_corpus(rows).items():
-        control, scratch = by_seed(of, "control"), by_seed(of, "share 1")
         for name in sorted((n for n in names(of) if n.startswith("share")), key=lambda n: float(n.split()[1])):
             curves.setdefault(corpus, []).append((float(name.split()[1]), mean_loss(by_seed(of, name).values())))
         shares = [x for x, _ in curves.get(corpus, []) if x < 1]
         if not shares:
             continue
-        least = by_seed(of, f"share {min(shares):g}")
-        seeds = sorted(least.keys() & control.keys() & scratch.keys())
-        of_least, of_whole, of_control = ([loss(of[s]) for s in seeds] for of in (least, scratch, control))
+        of_least, of_whole, of_control = losses_of(of, f"share {min(shares):g}", "share 1", "control")
         gained = gain_of(of_whole, of_control)
         outcomes.append(outcome_of_share(keeps(KEPT, of_least, of_whole, of_control), gained))
         kept = gain_of(of_least, of_control).mean
         said.append(
             f"{corpus}: with {min(shares):.0%} of the compute in stage 2, gain {kept:+.4f} of {gained} from scratch"
-            if seeds
+            if gained.seeds
             else f"{corpus}: not run"
         )
     axes = ("share of the compute in stage 2", "loss (nats)")
