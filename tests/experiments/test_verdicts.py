@@ -280,6 +280,15 @@ def test_sharing_asks_for_four_fifths_of_the_own_gain(kept: float, outcome: str)
     assert found.curves["code, frozen, own"] == [(4.0, pytest.approx(0.2))]
 
 
+def test_shared_keys_stand_beside_own_ones_with_the_same_remedy() -> None:
+    """A variant that own keys have not stands beside own keys as they come."""
+    rows = seeds("pretrain, control", *CONTROL)
+    for name, gain in {"own": 0.2, "own, slow head": 0.4, "shared, slow head": 0.2, "shared, no prefix": 0.2}.items():
+        rows += seeds(f"pretrain, P=4, {name}", *(loss - gain for loss in CONTROL))
+    kept = {line["run"].split(", ", 2)[2]: line["of the own gain"] for line in verdict("sharing", rows).table}
+    assert kept == {"own": "", "own, slow head": "", "shared, slow head": "50%", "shared, no prefix": "100%"}
+
+
 def test_diversifiers_holds_the_best_against_the_prefix_alone() -> None:
     of = {"stream_parameters": 7, "streams": 4, "measured": {"weights": [0.3, 0.3, 0.2, 0.2], "cosine": 0.5}}
     rows = seeds("control", *CONTROL) + seeds("P=4, prefix", 3.0, 3.1, 3.19, **of)

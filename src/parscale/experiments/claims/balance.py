@@ -1,6 +1,7 @@
 """What keeps many streams in use, and is it worth loss?"""
 
 from collections.abc import Sequence
+from typing import Any
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import EVEN, Run, Scale, against
@@ -23,8 +24,10 @@ FREE = "no remedy"
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
-    """All remedies at the most streams of the scale, where a learned head picks one soonest; one of them at every P."""
+    """All remedies at the most streams of the scale, where a learned head picks one soonest; the load balance at every
+    P, and the slow head there and at twice the most."""
     most = scale.streams[-1]
+    slow: Any = {"head_learning_rate": 0.1 * scale.learning_rate}
     remedies = {
         "annealed ε": Balance(smoothing_start=1.0),
         "entropy floor": Balance(entropy_floor=most / 2),
@@ -37,11 +40,13 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         for p in scale.streams:
             streamed.append(scale.run(f"P={p}, {FREE}", corpus, scale.lora(p)))
             streamed.append(scale.run(f"P={p}, load balance", corpus, scale.lora(p), balance=EVEN))
+        for p in (*scale.streams, 2 * most):
+            streamed.append(scale.run(f"P={p}, slow head", corpus, scale.lora(p), **slow))
         streamed += [
             scale.run(f"P={most}, {name}", corpus, scale.lora(most), balance=b) for name, b in remedies.items()
         ]
-        slow = 0.1 * scale.learning_rate
-        streamed.append(scale.run(f"P={most}, slow head", corpus, scale.lora(most), head_learning_rate=slow))
+        both = f"P={most}, slow head and load balance"
+        streamed.append(scale.run(both, corpus, scale.lora(most), balance=EVEN, **slow))
         streamed.append(scale.run(f"P={most}, mean", corpus, scale.lora(most, aggregate="mean")))
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found
