@@ -31,18 +31,24 @@ SIZES = 4
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     """Own keys and values and shared ones: from scratch at every P, and at P = 4 for other sizes and on a trained
-    model."""
+    model; and with a slow head in the load balance's place."""
     found = []
     for corpus in corpora:
         control = scale.run("pretrain, control", corpus, scale.prefix(1))
-        found += against(control, _both(scale, "pretrain", corpus, scale.streams) + _variants(scale, corpus))
+        streamed = _both(scale, "pretrain", corpus, scale.streams) + _variants(scale, corpus)
+        slow: Any = {"remedy": "slow head", "head_learning_rate": 0.1 * scale.learning_rate}
+        streamed += _both(scale, "pretrain", corpus, [p for p in scale.streams if p in DECIDING], **slow)
+        found += against(control, streamed)
         base = scale.base(corpus)
         places: dict[str, dict[str, Any]] = {
             f"pretrain {size}": {"model": size} for size in scale.sizes[:SIZES] if size != scale.model
         } | {stage: {"stage": stage, "start": base} for stage in SECOND}
         for place, more in places.items():
             control = scale.run(f"{place}, control", corpus, scale.prefix(1), **more)
-            found += against(control, _both(scale, place, corpus, (P_ELSEWHERE,), **more))
+            streamed = _both(scale, place, corpus, (P_ELSEWHERE,), **more)
+            if place in SECOND:
+                streamed += _both(scale, place, corpus, (P_ELSEWHERE,), **slow, **more)
+            found += against(control, streamed)
     return list(dict.fromkeys(found))
 
 
@@ -79,15 +85,16 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     return Verdict(combine(outcomes), f"{reason}.", table, curves, ("P", "gain over the control (nats)"))
 
 
-def _both(scale: Scale, place: str, corpus: str, counts: Sequence[int], **changes: Any) -> list[Run]:
-    """From scratch many streams have a load balance: without one a head may pick one of them (claim `balance`), and
-    what is left of no gain says nothing of sharing."""
+def _both(scale: Scale, place: str, corpus: str, counts: Sequence[int], remedy: str = "", **changes: Any) -> list[Run]:
+    """With no remedy named, many streams from scratch have a load balance: without one a head may pick one of them
+    (claim `balance`), and what is left of no gain says nothing of sharing."""
     found = []
     for p in counts:
-        more = changes | ({} if "stage" in changes else {"balance": even(p)})
+        more = changes | ({} if remedy or "stage" in changes else {"balance": even(p)})
         for kv in ("own", "shared"):
             streams = scale.lora(p, **({} if kv == "own" else {"kv": kv}))
-            found.append(scale.run(f"{place}, P={p}, {kv}", corpus, streams, **more))
+            name = f"{place}, P={p}, {kv}" + (f", {remedy}" if remedy else "")
+            found.append(scale.run(name, corpus, streams, **more))
     return found
 
 
@@ -106,14 +113,7 @@ def _variants(scale: Scale, corpus: str) -> list[Run]:
         scale.run(f"{place}, shared, {name}", corpus, scale.lora(P_ELSEWHERE, kv="shared", **changes), balance=EVEN)
         for name, changes in variants.items()
     ]
-    remedies: dict[str, Any] = {
-        "no load balance": {},
-        "slow head": {"head_learning_rate": 0.1 * scale.learning_rate},
-    }
-    for remedy, more in remedies.items():
-        found.append(scale.run(f"{place}, own, {remedy}", corpus, scale.lora(P_ELSEWHERE), **more))
-        found.append(scale.run(f"{place}, shared, {remedy}", corpus, scale.lora(P_ELSEWHERE, kv="shared"), **more))
-    return found
+    return found + _both(scale, "pretrain", corpus, (P_ELSEWHERE,), "no load balance")
 
 
 def _kept(shared: Sequence[float], own: Sequence[float], control: Sequence[float]) -> float | None:
