@@ -198,6 +198,27 @@ def test_an_interval_down_to_the_bound_is_not_a_refutation(
     assert verdict("law", law_rows(0.4)).outcome == outcome
 
 
+def test_runs_with_a_slow_head_have_a_law_of_their_own_that_decides_nothing() -> None:
+    """Two streams have no remedy: they stand in both."""
+    rows = law_rows(0.2)
+    slow = [r | {"name": f"{r['name']}, slow head"} for r in law_rows(0.6) if r["streams"] >= 4]
+    kinds = law.by_remedy(rows + slow)
+    assert kinds[""] == rows
+    assert kinds["slow head"] == [r for r in rows if r["streams"] < 4] + slow
+    of_one_size = [r for r in slow if r["name"].startswith("5e+08,")]
+    assert {r["name"].split(",")[0] for r in law.by_remedy(rows + of_one_size)["slow head"]} == {"5e+08"}
+
+
+@pytest.mark.slow
+def test_a_slow_head_is_told_beside_the_law() -> None:
+    slow = [r | {"name": f"{r['name']}, slow head"} for r in law_rows(0.6, seeds=1) if r["streams"] >= 4]
+    found = verdict("law", law_rows(0.4) + slow)
+    assert found.outcome == verdict("law", law_rows(0.4)).outcome
+    ours, theirs = (float(part.split()[0]) for part in found.reason.split("k = ")[1::2])
+    assert found.reason.count("code, slow head: k = ") == 1
+    assert theirs > ours
+
+
 def test_a_law_of_one_size_cannot_be_fitted() -> None:
     rows = [r for r in law_rows(0.4, seeds=1) if r["name"].startswith("5e+08,")]
     assert verdict("law", rows).outcome == "undecided"

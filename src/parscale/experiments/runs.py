@@ -131,6 +131,10 @@ class Scale:
         width, own = hidden_size(model), hidden_size(self.model)
         return self.learning_rate * own / width if own and width else self.learning_rate
 
+    def slow_head(self, model: str | None = None) -> dict[str, Any]:
+        """The head at a tenth of the backbone's rate: it picks late, when the streams differ (claim `balance`)."""
+        return {"head_learning_rate": 0.1 * self._rate(model or self.model)}
+
     def base(self, corpus: str, **changes: Any) -> Run:
         """The plain model that stage 2 continues."""
         return self.run("base", corpus, PLAIN, **{"tokens": self.base_tokens, "decay": 0.0} | changes)

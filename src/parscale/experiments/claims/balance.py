@@ -1,7 +1,6 @@
 """What keeps many streams in use, and is it worth loss?"""
 
 from collections.abc import Sequence
-from typing import Any
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import EVEN, Run, Scale, against
@@ -27,7 +26,6 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     """All remedies at the most streams of the scale, where a learned head picks one soonest; the load balance at every
     P, and the slow head there and at twice the most."""
     most = scale.streams[-1]
-    slow: Any = {"head_learning_rate": 0.1 * scale.learning_rate}
     remedies = {
         "annealed ε": Balance(smoothing_start=1.0),
         "entropy floor": Balance(entropy_floor=most / 2),
@@ -41,12 +39,12 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
             streamed.append(scale.run(f"P={p}, {FREE}", corpus, scale.lora(p)))
             streamed.append(scale.run(f"P={p}, load balance", corpus, scale.lora(p), balance=EVEN))
         for p in (*scale.streams, 2 * most):
-            streamed.append(scale.run(f"P={p}, slow head", corpus, scale.lora(p), **slow))
+            streamed.append(scale.run(f"P={p}, slow head", corpus, scale.lora(p), **scale.slow_head()))
         streamed += [
             scale.run(f"P={most}, {name}", corpus, scale.lora(most), balance=b) for name, b in remedies.items()
         ]
         both = f"P={most}, slow head and load balance"
-        streamed.append(scale.run(both, corpus, scale.lora(most), balance=EVEN, **slow))
+        streamed.append(scale.run(both, corpus, scale.lora(most), balance=EVEN, **scale.slow_head()))
         streamed.append(scale.run(f"P={most}, mean", corpus, scale.lora(most, aggregate="mean")))
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found

@@ -11,7 +11,7 @@ import numpy as np
 
 from parscale.errors import InputError
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against, even
+from parscale.experiments.runs import MANY, Run, Scale, against, even
 from parscale.experiments.verdicts import SEEDS, WORTH, Row, Verdict, by_corpus, by_seed, combine, names
 from parscale.law.compare import compare
 from parscale.law.fit import Law, bootstrap, fit
@@ -20,6 +20,8 @@ from parscale.train.config import Balance
 
 SIZES = 5
 """Fewer do not tell a law."""
+SLOW = "slow head"
+"""Many streams are also run with it in the load balance's place: is k of the method, or of what keeps them in use?"""
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -30,6 +32,12 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
             control = scale.run(f"{size}, P=1", corpus, scale.prefix(1), model=size)
             make, balance = (scale.prefix, lambda p: Balance()) if scale.name == "paper" else (scale.lora, even)
             streamed = [scale.run(f"{size}, P={p}", corpus, make(p), model=size, balance=balance(p)) for p in streams]
+            if scale.name != "paper":
+                streamed += [
+                    scale.run(f"{size}, P={p}, {SLOW}", corpus, scale.lora(p), model=size, **scale.slow_head(size))
+                    for p in streams
+                    if p >= MANY
+                ]
             found += against(control, streamed)
     return found
 
@@ -37,18 +45,20 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 def verdict(rows: Sequence[Row]) -> Verdict:
     """Supported where k's interval is above its bound, no rival form predicts runs that were left out better, and one
     without streams does worse; undecided where k may be nothing and may be worth something, and no form without
-    streams does as well."""
+    streams does as well. The runs with a slow head are told beside, and decide nothing."""
     table, outcomes, said, curves = [], [], [], {}
-    for corpus, of in by_corpus(rows).items():
+    texts = {(corpus, kind): one for corpus, of in by_corpus(rows).items() for kind, one in by_remedy(of).items()}
+    for (corpus, kind), of in texts.items():
+        label = f"{corpus}, {kind}" if kind else corpus
         runs = law_runs(of)
         for run in runs:
-            curves.setdefault(f"{corpus}, P={run['streams']}", []).append((float(np.log10(run["params"])), run["loss"]))
+            curves.setdefault(f"{label}, P={run['streams']}", []).append((float(np.log10(run["params"])), run["loss"]))
         try:
             law, with_own = fit(runs), fit(law_runs(of, own=True))
             intervals, comparison = bootstrap(law, 200), compare(runs)
         except InputError as error:
-            said.append(f"{corpus}: {error}.")
-            outcomes.append("undecided")
+            said.append(f"{label}: {error}.")
+            outcomes += ["undecided"] * (not kind)
             continue
         low, high = intervals["k"]
         best = low > 2 * SMALL and "paper" in comparison.supported and "chinchilla" not in comparison.supported
@@ -56,15 +66,16 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         # an interval down to the bound is no evidence against the law, unless one without streams does as well, or
         # not even the interval's upper end is a gain worth having
         doubt = low <= 2 * SMALL and "chinchilla" not in comparison.supported and _largest_gain(law, high) > WORTH
-        outcomes.append("undecided" if few or doubt else "supported" if best else "not supported")
+        if not kind:
+            outcomes.append("undecided" if few or doubt else "supported" if best else "not supported")
         said.append(
-            f"{corpus}: k = {law.k:.3f} [{low:.3f}, {high:.3f}], R² = {law.r2:.3f}; with the streams' own parameters "
+            f"{label}: k = {law.k:.3f} [{low:.3f}, {high:.3f}], R² = {law.r2:.3f}; with the streams' own parameters "
             f"in N k = {with_own.k:.3f}. {comparison.verdict}"
         )
         for rival in comparison.rivals:
             table.append(
                 {
-                    "text": corpus,
+                    "text": label,
                     "form": rival.law.form.name,
                     "formula": rival.law.form.formula,
                     "error on left-out runs": rival.by_run,
@@ -79,6 +90,15 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     return Verdict(combine(outcomes), " ".join(said) + spent, table, curves, ("log10 N", "loss (nats)"), cloud=True)
 
 
+def by_remedy(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The runs as they come, and those where many streams have a slow head, with the few streams beside them."""
+    slow = [row for row in rows if row["name"].endswith(SLOW)]
+    rest = [row for row in rows if not row["name"].endswith(SLOW)]
+    sizes = {_size(row) for row in slow}
+    few = [row for row in rest if row["streams"] < MANY and _size(row) in sizes]
+    return {"": rest} | ({SLOW: few + slow} if slow else {})
+
+
 def law_runs(rows: Sequence[Row], own: bool = False) -> list[dict[str, Any]]:
     """Rows as `parscale.law.fit` takes them; `own`: with what the streams have of their own in N."""
     return [
@@ -87,10 +107,14 @@ def law_runs(rows: Sequence[Row], own: bool = False) -> list[dict[str, Any]]:
             "streams": row["streams"],
             "loss": row["validation_loss"],
             "seed": row["seed"],
-            "size": row["name"].split(",")[0],
+            "size": _size(row),
         }
         for row in sorted(rows, key=lambda row: row["params"])
     ]
+
+
+def _size(row: Row) -> str:
+    return row["name"].split(",")[0]
 
 
 def _largest_gain(law: Law, k: float) -> float:

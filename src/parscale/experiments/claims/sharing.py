@@ -36,7 +36,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     for corpus in corpora:
         control = scale.run("pretrain, control", corpus, scale.prefix(1))
         streamed = _both(scale, "pretrain", corpus, scale.streams) + _variants(scale, corpus)
-        slow: Any = {"remedy": "slow head", "head_learning_rate": 0.1 * scale.learning_rate}
+        slow: Any = {"remedy": "slow head"} | scale.slow_head()
         streamed += _both(scale, "pretrain", corpus, [p for p in scale.streams if p in DECIDING], **slow)
         found += against(control, streamed)
         base = scale.base(corpus)
