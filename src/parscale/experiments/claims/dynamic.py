@@ -21,8 +21,9 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         control = scale.run("control", corpus, scale.lora(1))
         few = [scale.run(f"trained at P={p}", corpus, scale.lora(p)) for p in (2, MANY)]
         any_p = [
-            scale.run(f"trained at random p{keys}", corpus, scale.lora(MANY, **kv), balance=RANDOM_P)
+            scale.run(f"trained at random p{keys}{head}", corpus, scale.lora(MANY, **kv), balance=RANDOM_P, **rate)
             for keys, kv in KEYS.items()
+            for head, rate in {"": {}, ", slow head": scale.slow_head()}.items()
         ]
         found += against(control, any_p)
         of_baseline = scale.run("control, prefix alone", corpus, scale.prefix(1))  # so that these are not run again
