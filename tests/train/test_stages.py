@@ -145,11 +145,11 @@ def test_the_backbone_may_begin_later(model) -> None:
 
 
 def test_the_head_may_have_a_rate_of_its_own(model) -> None:
-    config = TrainConfig("retrofit", Path("o"), learning_rate=1.0, head_learning_rate=0.25, warmup=0.0, decay=0.0)
+    config = TrainConfig("retrofit", Path("o"), learning_rate=2.0, head_rate=0.25, warmup=0.0, decay=0.0)
     rates = rates_of(model, config, 4)
-    assert (rates["head"], rates["backbone"]) == ([0.25] * 4, [1.0] * 4)
-    with pytest.raises(InputError, match="head_learning_rate=-1 is not accepted"):
-        TrainConfig("retrofit", Path("o"), head_learning_rate=-1)
+    assert (rates["head"], rates["backbone"]) == ([0.5] * 4, [2.0] * 4)
+    with pytest.raises(InputError, match="head_rate=-1 is not accepted"):
+        TrainConfig("retrofit", Path("o"), head_rate=-1)
 
 
 def test_a_rate_of_zero_for_all_that_a_stage_trains_is_refused() -> None:

@@ -47,7 +47,7 @@ class Run:
     balance: Balance = field(default_factory=Balance)
     learning_rate: float = 3e-3
     stream_learning_rate: float = 1e-2
-    head_learning_rate: float | None = None
+    head_rate: float = 1.0
     decay: float = 0.5
 
     @property
@@ -131,10 +131,6 @@ class Scale:
         width, own = hidden_size(model), hidden_size(self.model)
         return self.learning_rate * own / width if own and width else self.learning_rate
 
-    def slow_head(self, model: str | None = None) -> dict[str, Any]:
-        """The head at a tenth of the backbone's rate: it picks late, when the streams differ (claim `balance`)."""
-        return {"head_learning_rate": 0.1 * self._rate(model or self.model)}
-
     def base(self, corpus: str, **changes: Any) -> Run:
         """The plain model that stage 2 continues."""
         return self.run("base", corpus, PLAIN, **{"tokens": self.base_tokens, "decay": 0.0} | changes)
@@ -153,6 +149,8 @@ class Scale:
 PLAIN = StreamsConfig(1, 0)
 EVEN = Balance(load_balance=0.01)
 """Keeps many streams in use that are trained from scratch; without it a head may pick one of them (claim `balance`)."""
+SLOW: dict[str, Any] = {"head_rate": 0.1}
+"""A head that learns slower than the backbone: it picks late, when the streams differ (claim `balance`)."""
 MANY = 4
 """Streams from which on runs from scratch start with it."""
 PREFIX: dict[str, dict[str, Any]] = {"smoke": {"prefix_tokens": 8}, "cpu": {}, "gpu": {}, "paper": {}}

@@ -160,7 +160,7 @@ def perform(task: Task) -> dict[str, Any]:
             block_size=run.block_size,
             learning_rate=run.learning_rate,
             stream_learning_rate=run.stream_learning_rate,
-            head_learning_rate=run.head_learning_rate,
+            head_rate=run.head_rate,
             decay=run.decay,
             **FIXED,
             evaluations=SCALES[task.scale].evaluations,

@@ -45,18 +45,18 @@ Count = Annotated[
 @dataclass(frozen=True)
 class Rates:
     """Learning rates and weight decay by parameter group; `backbone_delay` is the share of the steps, at the start,
-    in which the backbone's rate is 0. None for the head: the backbone's."""
+    in which the backbone's rate is 0, and `head_rate` the head's rate as a share of the backbone's."""
 
     learning_rate: float
     stream_learning_rate: float
     weight_decay: float
     backbone_delay: float = 0.0
-    head_learning_rate: float | None = None
+    head_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "stream_learning_rate", "weight_decay", "head_learning_rate"):
+        for name in ("learning_rate", "stream_learning_rate", "weight_decay", "head_rate"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
+            if not value >= 0:
                 raise InputError(f"{name}={value!r} is not accepted; give a number >= 0")
         if self.learning_rate == 0 and self.stream_learning_rate == 0:
             raise InputError("learning_rate=0 and stream_learning_rate=0: nothing would train; give one above 0")
@@ -137,7 +137,8 @@ class TrainConfig:
         batch_size: sequences a step, on each device.
         learning_rate: of the backbone (or its LoRA), at its peak.
         stream_learning_rate: of prefixes and other parameters that tell the streams apart.
-        head_learning_rate: of the aggregation head; by default the backbone's.
+        head_rate: learning rate of the aggregation head, as a share of `learning_rate`; with many streams a tenth keeps
+            all of them in use.
         weight_decay: of the backbone's matrices.
         schedule: wsd (warm-up, stable, linear decay) or cosine (warm-up, then half a cosine to zero).
         warmup: share of the steps in which the rates rise.
@@ -186,7 +187,7 @@ class TrainConfig:
     batch_size: int = 16
     learning_rate: float = 3e-3
     stream_learning_rate: float = 1e-2
-    head_learning_rate: float | None = None
+    head_rate: float = 1.0
     weight_decay: float = 0.1
     schedule: Literal["wsd", "cosine"] = "wsd"
     warmup: float = 0.05
@@ -256,5 +257,5 @@ class TrainConfig:
             self.stream_learning_rate,
             self.weight_decay,
             self.backbone_delay,
-            self.head_learning_rate,
+            self.head_rate,
         )

@@ -52,7 +52,7 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
             head.append(parameter)
         else:
             (matrices if parameter.ndim > 1 else vectors).append(parameter)
-    head_rate = rates.learning_rate if rates.head_learning_rate is None else rates.head_learning_rate
+    head_rate = rates.head_rate * rates.learning_rate
     groups = [
         {"name": "backbone", "params": matrices, "lr": rates.learning_rate, "weight_decay": rates.weight_decay},
         {"name": "backbone, not decayed", "params": vectors, "lr": rates.learning_rate, "weight_decay": 0.0},

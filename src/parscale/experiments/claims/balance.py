@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import EVEN, Run, Scale, against
+from parscale.experiments.runs import EVEN, SLOW, Run, Scale, against
 from parscale.experiments.verdicts import (
     Gain,
     Row,
@@ -39,12 +39,12 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
             streamed.append(scale.run(f"P={p}, {FREE}", corpus, scale.lora(p)))
             streamed.append(scale.run(f"P={p}, load balance", corpus, scale.lora(p), balance=EVEN))
         for p in (*scale.streams, 2 * most):
-            streamed.append(scale.run(f"P={p}, slow head", corpus, scale.lora(p), **scale.slow_head()))
+            streamed.append(scale.run(f"P={p}, slow head", corpus, scale.lora(p), **SLOW))
         streamed += [
             scale.run(f"P={most}, {name}", corpus, scale.lora(most), balance=b) for name, b in remedies.items()
         ]
         both = f"P={most}, slow head and load balance"
-        streamed.append(scale.run(both, corpus, scale.lora(most), balance=EVEN, **scale.slow_head()))
+        streamed.append(scale.run(both, corpus, scale.lora(most), balance=EVEN, **SLOW))
         streamed.append(scale.run(f"P={most}, mean", corpus, scale.lora(most, aggregate="mean")))
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found

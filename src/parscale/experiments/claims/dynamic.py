@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.runs import SLOW, Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names
 from parscale.train.config import Balance
 
@@ -23,7 +23,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         any_p = [
             scale.run(f"trained at random p{keys}{head}", corpus, scale.lora(MANY, **kv), balance=RANDOM_P, **rate)
             for keys, kv in KEYS.items()
-            for head, rate in {"": {}, ", slow head": scale.slow_head()}.items()
+            for head, rate in {"": {}, ", slow head": SLOW}.items()
         ]
         found += against(control, any_p)
         of_baseline = scale.run("control, prefix alone", corpus, scale.prefix(1))  # so that these are not run again

@@ -11,7 +11,7 @@ import numpy as np
 
 from parscale.errors import InputError
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import MANY, Run, Scale, against, even
+from parscale.experiments.runs import MANY, SLOW, Run, Scale, against, even
 from parscale.experiments.verdicts import SEEDS, WORTH, Row, Verdict, by_corpus, by_seed, combine, names
 from parscale.law.compare import compare
 from parscale.law.fit import Law, bootstrap, fit
@@ -20,7 +20,7 @@ from parscale.train.config import Balance
 
 SIZES = 5
 """Fewer do not tell a law."""
-SLOW = "slow head"
+SLOW_HEAD = "slow head"
 """Many streams are also run with it in the load balance's place: is k of the method, or of what keeps them in use?"""
 
 
@@ -34,7 +34,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
             streamed = [scale.run(f"{size}, P={p}", corpus, make(p), model=size, balance=balance(p)) for p in streams]
             if scale.name != "paper":
                 streamed += [
-                    scale.run(f"{size}, P={p}, {SLOW}", corpus, scale.lora(p), model=size, **scale.slow_head(size))
+                    scale.run(f"{size}, P={p}, {SLOW_HEAD}", corpus, scale.lora(p), model=size, **SLOW)
                     for p in streams
                     if p >= MANY
                 ]
@@ -92,11 +92,11 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 
 def by_remedy(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The runs as they come, and those where many streams have a slow head, with the few streams beside them."""
-    slow = [row for row in rows if row["name"].endswith(SLOW)]
-    rest = [row for row in rows if not row["name"].endswith(SLOW)]
+    slow = [row for row in rows if row["name"].endswith(SLOW_HEAD)]
+    rest = [row for row in rows if not row["name"].endswith(SLOW_HEAD)]
     sizes = {_size(row) for row in slow}
     few = [row for row in rest if row["streams"] < MANY and _size(row) in sizes]
-    return {"": rest} | ({SLOW: few + slow} if slow else {})
+    return {"": rest} | ({SLOW_HEAD: few + slow} if slow else {})
 
 
 def law_runs(rows: Sequence[Row], own: bool = False) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import EVEN, Run, Scale, against, even
+from parscale.experiments.runs import EVEN, SLOW, Run, Scale, against, even
 from parscale.experiments.verdicts import (
     Row,
     Verdict,
@@ -36,7 +36,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     for corpus in corpora:
         control = scale.run("pretrain, control", corpus, scale.prefix(1))
         streamed = _both(scale, "pretrain", corpus, scale.streams) + _variants(scale, corpus)
-        slow: Any = {"remedy": "slow head"} | scale.slow_head()
+        slow: Any = {"remedy": "slow head"} | SLOW
         streamed += _both(scale, "pretrain", corpus, [p for p in scale.streams if p in DECIDING], **slow)
         found += against(control, streamed)
         base = scale.base(corpus)
