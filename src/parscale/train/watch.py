@@ -12,7 +12,7 @@ from parscale.streams.backbone import has_streams
 ADVICE = {
     "stream collapse": "P streams are no better than one; tell them apart with more than a prefix (diversify with lora "
     "or rank1), or raise stream_learning_rate",
-    "weight monoculture": "one stream gets nearly all the weight; train with load_balance=0.01",
+    "weight monoculture": "one stream gets nearly all the weight; train with head_rate=0.1",
 }
 """What helps against each failure that a probe's verdict may name."""
 
