@@ -198,24 +198,24 @@ def test_an_interval_down_to_the_bound_is_not_a_refutation(
     assert verdict("law", law_rows(0.4)).outcome == outcome
 
 
-def test_runs_with_a_slow_head_have_a_law_of_their_own_that_decides_nothing() -> None:
+def test_runs_with_a_load_balance_have_a_law_of_their_own_that_decides_nothing() -> None:
     """Two streams have no remedy: they stand in both."""
     rows = law_rows(0.2)
-    slow = [r | {"name": f"{r['name']}, slow head"} for r in law_rows(0.6) if r["streams"] >= 4]
-    kinds = law.by_remedy(rows + slow)
+    even = [r | {"name": f"{r['name']}, load balance"} for r in law_rows(0.6) if r["streams"] >= 4]
+    kinds = law.by_remedy(rows + even)
     assert kinds[""] == rows
-    assert kinds["slow head"] == [r for r in rows if r["streams"] < 4] + slow
-    of_one_size = [r for r in slow if r["name"].startswith("5e+08,")]
-    assert {r["name"].split(",")[0] for r in law.by_remedy(rows + of_one_size)["slow head"]} == {"5e+08"}
+    assert kinds["load balance"] == [r for r in rows if r["streams"] < 4] + even
+    of_one_size = [r for r in even if r["name"].startswith("5e+08,")]
+    assert {r["name"].split(",")[0] for r in law.by_remedy(rows + of_one_size)["load balance"]} == {"5e+08"}
 
 
 @pytest.mark.slow
-def test_a_slow_head_is_told_beside_the_law() -> None:
-    slow = [r | {"name": f"{r['name']}, slow head"} for r in law_rows(0.6, seeds=1) if r["streams"] >= 4]
-    found = verdict("law", law_rows(0.4) + slow)
+def test_a_load_balance_is_told_beside_the_law() -> None:
+    even = [r | {"name": f"{r['name']}, load balance"} for r in law_rows(0.6, seeds=1) if r["streams"] >= 4]
+    found = verdict("law", law_rows(0.4) + even)
     assert found.outcome == verdict("law", law_rows(0.4)).outcome
     ours, theirs = (float(part.split()[0]) for part in found.reason.split("k = ")[1::2])
-    assert found.reason.count("code, slow head: k = ") == 1
+    assert found.reason.count("code, load balance: k = ") == 1
     assert theirs > ours
 
 
@@ -304,10 +304,15 @@ def test_sharing_asks_for_four_fifths_of_the_own_gain(kept: float, outcome: str)
 def test_shared_keys_stand_beside_own_ones_with_the_same_remedy() -> None:
     """A variant that own keys have not stands beside own keys as they come."""
     rows = seeds("pretrain, control", *CONTROL)
-    for name, gain in {"own": 0.2, "own, slow head": 0.4, "shared, slow head": 0.2, "shared, no prefix": 0.2}.items():
+    for name, gain in {
+        "own": 0.2,
+        "own, load balance": 0.4,
+        "shared, load balance": 0.2,
+        "shared, no prefix": 0.2,
+    }.items():
         rows += seeds(f"pretrain, P=4, {name}", *(loss - gain for loss in CONTROL))
     kept = {line["run"].split(", ", 2)[2]: line["of the own gain"] for line in verdict("sharing", rows).table}
-    assert kept == {"own": "", "own, slow head": "", "shared, slow head": "50%", "shared, no prefix": "100%"}
+    assert kept == {"own": "", "own, load balance": "", "shared, load balance": "50%", "shared, no prefix": "100%"}
 
 
 def test_diversifiers_holds_the_best_against_the_prefix_alone() -> None:

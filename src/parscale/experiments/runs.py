@@ -147,12 +147,12 @@ class Scale:
 
 
 PLAIN = StreamsConfig(1, 0)
-EVEN = Balance(load_balance=0.01)
-"""Keeps many streams in use that are trained from scratch; without it a head may pick one of them (claim `balance`)."""
+EVEN: dict[str, Any] = {"balance": Balance(load_balance=0.01)}
 SLOW: dict[str, Any] = {"head_rate": 0.1}
-"""A head that learns slower than the backbone: it picks late, when the streams differ (claim `balance`)."""
+"""What keeps many streams in use that are trained from scratch; with neither a head may pick one of them before they
+differ. A slow head ends lower (claim `balance`)."""
 MANY = 4
-"""Streams from which on runs from scratch start with it."""
+"""Streams from which on runs from scratch have a slow head."""
 PREFIX: dict[str, dict[str, Any]] = {"smoke": {"prefix_tokens": 8}, "cpu": {}, "gpu": {}, "paper": {}}
 
 SCALES: dict[str, Scale] = {
@@ -175,9 +175,9 @@ SCALES: dict[str, Scale] = {
 }  # fmt: skip
 
 
-def even(streams: int) -> Balance:
-    """What so many streams start with from scratch: two need no load balance, and end higher with one (LOG.md)."""
-    return EVEN if streams >= MANY else Balance()
+def remedy(streams: int) -> dict[str, Any]:
+    """What so many streams have from scratch: two need none (LOG.md)."""
+    return SLOW if streams >= MANY else {}
 
 
 def against(control: Run, runs: list[Run]) -> list[Run]:

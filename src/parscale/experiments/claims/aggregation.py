@@ -2,23 +2,23 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import EVEN, Run, Scale, against
+from parscale.experiments.runs import SLOW, Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, names, paired
-from parscale.train.config import Balance
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
-    """The learned weights with a load balance, which is how they start best (claim `balance`); a mean needs none."""
-    balances = {"learned": EVEN, "mean": Balance()}
+    """The learned weights at a slow rate, which is how they start best (claim `balance`); a mean has none."""
+    rates: dict[str, dict[str, Any]] = {"learned": SLOW, "mean": {}}
     found = []
     p = 4
     for corpus in corpora:
         streamed = [
-            scale.run(f"P={p}, {way}, {aggregate}", corpus, make(p, aggregate=aggregate), balance=balance)
+            scale.run(f"P={p}, {way}, {aggregate}", corpus, make(p, aggregate=aggregate), **rate)
             for way, make in (("prefix", scale.prefix), ("prefix+lora", scale.lora))
-            for aggregate, balance in balances.items()
+            for aggregate, rate in rates.items()
         ]
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found

@@ -37,14 +37,14 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         streamed = []
         for p in scale.streams:
             streamed.append(scale.run(f"P={p}, {FREE}", corpus, scale.lora(p)))
-            streamed.append(scale.run(f"P={p}, load balance", corpus, scale.lora(p), balance=EVEN))
+            streamed.append(scale.run(f"P={p}, load balance", corpus, scale.lora(p), **EVEN))
         for p in (*scale.streams, 2 * most):
             streamed.append(scale.run(f"P={p}, slow head", corpus, scale.lora(p), **SLOW))
         streamed += [
             scale.run(f"P={most}, {name}", corpus, scale.lora(most), balance=b) for name, b in remedies.items()
         ]
         both = f"P={most}, slow head and load balance"
-        streamed.append(scale.run(both, corpus, scale.lora(most), balance=EVEN, **SLOW))
+        streamed.append(scale.run(both, corpus, scale.lora(most), **EVEN, **SLOW))
         streamed.append(scale.run(f"P={most}, mean", corpus, scale.lora(most, aggregate="mean")))
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import PLAIN, Run, Scale, against, even
+from parscale.experiments.runs import PLAIN, Run, Scale, against, remedy
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, gain_points, names, over_control, paired
 
 EQUAL = 4
@@ -14,7 +14,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     found = []
     for corpus in corpora:
         streamed = [scale.run(f"P={p}, prefix", corpus, scale.prefix(p)) for p in scale.streams]
-        streamed += [scale.run(f"P={p}, prefix+lora", corpus, scale.lora(p), balance=even(p)) for p in scale.streams]
+        streamed += [scale.run(f"P={p}, prefix+lora", corpus, scale.lora(p), **remedy(p)) for p in scale.streams]
         one = [scale.run("P=1, no prefix", corpus, PLAIN)]
         if scale.name != "paper":
             equal = scale.lora(1, lora_rank=EQUAL * scale.lora_rank)

@@ -1,6 +1,6 @@
 """Does the gain hold as the training tokens grow? (the paper's second open question)
 
-The most streams are trained on the most tokens alone, for they cost the most; and with a load balance, which they need.
+The most streams are trained on the most tokens alone, for they cost the most; and with a slow head, which they need.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import EVEN, Run, Scale, against
+from parscale.experiments.runs import SLOW, Run, Scale, against
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names, paired
 
 FACTORS = (0.125, 0.25, 0.5, 1.0)
@@ -24,7 +24,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
             streamed = [scale.run(f"P={p}, {name}", corpus, scale.lora(p), tokens=tokens) for p in scale.streams[:2]]
             if factor == FACTORS[-1]:
                 most = scale.streams[2:]
-                streamed += [scale.run(f"P={p}, {name}", corpus, scale.lora(p), balance=EVEN) for p in most]
+                streamed += [scale.run(f"P={p}, {name}", corpus, scale.lora(p), **SLOW) for p in most]
             control = scale.run(f"control, {name}", corpus, scale.prefix(1), tokens=tokens)
             found += against(control, streamed)
     return found

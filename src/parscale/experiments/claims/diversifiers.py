@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import EVEN, Run, Scale, against
+from parscale.experiments.runs import SLOW, Run, Scale, against
 from parscale.experiments.verdicts import (
     Gain,
     Row,
@@ -25,7 +25,7 @@ NO_PREFIX: dict[str, Any] = {"diversify": ("lora",), "prefix_tokens": 0}
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
-    """All with a load balance: whether a head picks one stream early is another question (claim `balance`)."""
+    """All with a slow head: whether a head picks one stream early is another question (claim `balance`)."""
     found = []
     for corpus in corpora:
         ways = {
@@ -35,7 +35,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
             f"P={P}, prefix+lora": scale.lora(P),
             f"P={P}, lora": scale.lora(P, **NO_PREFIX),
         }
-        streamed = [scale.run(name, corpus, streams, balance=EVEN) for name, streams in ways.items()]
+        streamed = [scale.run(name, corpus, streams, **SLOW) for name, streams in ways.items()]
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found
 

@@ -11,41 +11,39 @@ import numpy as np
 
 from parscale.errors import InputError
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import MANY, SLOW, Run, Scale, against, even
+from parscale.experiments.runs import EVEN, MANY, Run, Scale, remedy
 from parscale.experiments.verdicts import SEEDS, WORTH, Row, Verdict, by_corpus, by_seed, combine, names
 from parscale.law.compare import compare
 from parscale.law.fit import Law, bootstrap, fit
 from parscale.law.forms import BILLION, SMALL
-from parscale.train.config import Balance
 
 SIZES = 5
 """Fewer do not tell a law."""
-SLOW_HEAD = "slow head"
-"""Many streams are also run with it in the load balance's place: is k of the method, or of what keeps them in use?"""
+EVENLY = "load balance"
+"""Many streams are also run with it in the slow head's place: is k of the method, or of what keeps them in use?"""
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     streams = (2, 4) if scale.name == "smoke" else (2, 4, 8)
-    found = []
+    paper = scale.name == "paper"
+    make = scale.prefix if paper else scale.lora
+    found, evenly = [], []
     for corpus in corpora:
         for size in scale.sizes:
             control = scale.run(f"{size}, P=1", corpus, scale.prefix(1), model=size)
-            make, balance = (scale.prefix, lambda p: Balance()) if scale.name == "paper" else (scale.lora, even)
-            streamed = [scale.run(f"{size}, P={p}", corpus, make(p), model=size, balance=balance(p)) for p in streams]
-            if scale.name != "paper":
-                streamed += [
-                    scale.run(f"{size}, P={p}, {SLOW_HEAD}", corpus, scale.lora(p), model=size, **SLOW)
-                    for p in streams
-                    if p >= MANY
-                ]
-            found += against(control, streamed)
-    return found
+            more: Any = {"model": size, "control": control}
+            found.append(control)
+            for p in streams:
+                found.append(scale.run(f"{size}, P={p}", corpus, make(p), **more, **({} if paper else remedy(p))))
+                if p >= MANY and not paper:
+                    evenly.append(scale.run(f"{size}, P={p}, {EVENLY}", corpus, make(p), **more, **EVEN))
+    return found + evenly
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
     """Supported where k's interval is above its bound, no rival form predicts runs that were left out better, and one
     without streams does worse; undecided where k may be nothing and may be worth something, and no form without
-    streams does as well. The runs with a slow head are told beside, and decide nothing."""
+    streams does as well. The runs with a load balance are told beside, and decide nothing."""
     table, outcomes, said, curves = [], [], [], {}
     texts = {(corpus, kind): one for corpus, of in by_corpus(rows).items() for kind, one in by_remedy(of).items()}
     for (corpus, kind), of in texts.items():
@@ -91,12 +89,12 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 
 
 def by_remedy(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The runs as they come, and those where many streams have a slow head, with the few streams beside them."""
-    slow = [row for row in rows if row["name"].endswith(SLOW_HEAD)]
-    rest = [row for row in rows if not row["name"].endswith(SLOW_HEAD)]
-    sizes = {_size(row) for row in slow}
+    """The runs as they come, and those where many streams have a load balance, with the few streams beside them."""
+    even = [row for row in rows if row["name"].endswith(EVENLY)]
+    rest = [row for row in rows if not row["name"].endswith(EVENLY)]
+    sizes = {_size(row) for row in even}
     few = [row for row in rest if row["streams"] < MANY and _size(row) in sizes]
-    return {"": rest} | ({SLOW_HEAD: few + slow} if slow else {})
+    return {"": rest} | ({EVENLY: few + even} if even else {})
 
 
 def law_runs(rows: Sequence[Row], own: bool = False) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against, even
+from parscale.experiments.runs import Run, Scale, against, remedy
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, gain_points, names, over_control, paired
 
 COUNTS = (2, 4, 8, 16, 32)
@@ -14,7 +14,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     counts = (2, 4, 8) if scale.name == "smoke" else COUNTS
     found = []
     for corpus in corpora:
-        streamed = [scale.run(f"P={p}", corpus, scale.lora(p), balance=even(p)) for p in counts]
+        streamed = [scale.run(f"P={p}", corpus, scale.lora(p), **remedy(p)) for p in counts]
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found
 

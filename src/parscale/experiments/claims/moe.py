@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against, even
+from parscale.experiments.runs import Run, Scale, against, remedy
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, paired
 
 SHAPES = {"smoke": ("pico", "2x32x2e8"), "cpu": ("pico", "2x32x2e8"), "gpu": ("mini", "6x256x4e8")}
@@ -19,8 +19,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         for kind, model in zip(("dense", "sparse"), SHAPES[scale.name], strict=True):
             control = scale.run(f"{kind}, control", corpus, scale.prefix(1), model=model)
             streamed = [
-                scale.run(f"{kind}, P={p}", corpus, scale.lora(p), model=model, balance=even(p))
-                for p in scale.streams[:2]
+                scale.run(f"{kind}, P={p}", corpus, scale.lora(p), model=model, **remedy(p)) for p in scale.streams[:2]
             ]
             found += against(control, streamed)
     return found

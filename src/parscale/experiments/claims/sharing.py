@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import EVEN, SLOW, Run, Scale, against, even
+from parscale.experiments.runs import EVEN, SLOW, Run, Scale, against, remedy
 from parscale.experiments.verdicts import (
     Row,
     Verdict,
@@ -31,13 +31,14 @@ SIZES = 4
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     """Own keys and values and shared ones: from scratch at every P, and at P = 4 for other sizes and on a trained
-    model; and with a slow head in the load balance's place."""
+    model; and with another remedy or none."""
     found = []
     for corpus in corpora:
         control = scale.run("pretrain, control", corpus, scale.prefix(1))
         streamed = _both(scale, "pretrain", corpus, scale.streams) + _variants(scale, corpus)
-        slow: Any = {"remedy": "slow head"} | SLOW
-        streamed += _both(scale, "pretrain", corpus, [p for p in scale.streams if p in DECIDING], **slow)
+        streamed += _both(
+            scale, "pretrain", corpus, [p for p in scale.streams if p in DECIDING], "load balance", **EVEN
+        )
         found += against(control, streamed)
         base = scale.base(corpus)
         places: dict[str, dict[str, Any]] = {
@@ -47,7 +48,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
             control = scale.run(f"{place}, control", corpus, scale.prefix(1), **more)
             streamed = _both(scale, place, corpus, (P_ELSEWHERE,), **more)
             if place in SECOND:
-                streamed += _both(scale, place, corpus, (P_ELSEWHERE,), **slow, **more)
+                streamed += _both(scale, place, corpus, (P_ELSEWHERE,), "slow head", **SLOW, **more)
             found += against(control, streamed)
     return list(dict.fromkeys(found))
 
@@ -85,22 +86,22 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     return Verdict(combine(outcomes), f"{reason}.", table, curves, ("P", "gain over the control (nats)"))
 
 
-def _both(scale: Scale, place: str, corpus: str, counts: Sequence[int], remedy: str = "", **changes: Any) -> list[Run]:
-    """With no remedy named, many streams from scratch have a load balance: without one a head may pick one of them
+def _both(scale: Scale, place: str, corpus: str, counts: Sequence[int], other: str = "", **changes: Any) -> list[Run]:
+    """With no other remedy named, many streams from scratch have a slow head: without one a head may pick one of them
     (claim `balance`), and what is left of no gain says nothing of sharing."""
     found = []
     for p in counts:
-        more = changes | ({} if remedy or "stage" in changes else {"balance": even(p)})
+        more = changes | ({} if other or "stage" in changes else remedy(p))
         for kv in ("own", "shared"):
             streams = scale.lora(p, **({} if kv == "own" else {"kv": kv}))
-            name = f"{place}, P={p}, {kv}" + (f", {remedy}" if remedy else "")
+            name = f"{place}, P={p}, {kv}" + (f", {other}" if other else "")
             found.append(scale.run(name, corpus, streams, **more))
     return found
 
 
 def _variants(scale: Scale, corpus: str) -> list[Run]:
     """What the streams should have with shared keys: a prefix each (above), one for all, or none; whether the first
-    stream may go without a LoRA; and what the load balance is worth."""
+    stream may go without a LoRA; and what the remedy is worth."""
     bare: Any = {"diversify": ("lora",), "prefix_tokens": 0}
     variants: dict[str, Any] = {
         "one prefix": {"shared_prefix": True},
@@ -110,10 +111,10 @@ def _variants(scale: Scale, corpus: str) -> list[Run]:
     }
     place = f"pretrain, P={P_ELSEWHERE}"
     found = [
-        scale.run(f"{place}, shared, {name}", corpus, scale.lora(P_ELSEWHERE, kv="shared", **changes), balance=EVEN)
+        scale.run(f"{place}, shared, {name}", corpus, scale.lora(P_ELSEWHERE, kv="shared", **changes), **SLOW)
         for name, changes in variants.items()
     ]
-    return found + _both(scale, "pretrain", corpus, (P_ELSEWHERE,), "no load balance")
+    return found + _both(scale, "pretrain", corpus, (P_ELSEWHERE,), "no remedy")
 
 
 def _kept(shared: Sequence[float], own: Sequence[float], control: Sequence[float]) -> float | None:

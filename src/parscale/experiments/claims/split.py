@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import EVEN, Run, Scale, against
+from parscale.experiments.runs import SLOW, Run, Scale, against
 from parscale.experiments.verdicts import (
     Row,
     Verdict,
@@ -32,7 +32,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     for corpus in corpora:
         whole = P * scale.tokens // step
         as_long = scale.run("control, tokens of share 1", corpus, scale.prefix(1))
-        found += against(as_long, [scale.run("share 1", corpus, scale.lora(P), balance=EVEN)])
+        found += against(as_long, [scale.run("share 1", corpus, scale.lora(P), **SLOW)])
         control = scale.run("control", corpus, scale.prefix(1), tokens=whole * step)
         streamed = []
         for share in SHARES[1:3] if scale.name == "smoke" else SHARES:

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against, even
+from parscale.experiments.runs import Run, Scale, against, remedy
 from parscale.experiments.verdicts import SEEDS, Outcome, Row, Verdict, by_corpus, by_seed, loss
-from parscale.train.config import Balance
 
 RESAMPLES = 10_000
 LEAST = 6
@@ -18,9 +17,9 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     found = []
     for corpus in corpora:
         streamed = [
-            scale.run(f"P={p}, {way}", corpus, make(p), balance=balance)
+            scale.run(f"P={p}, {way}", corpus, make(p), **rate)
             for p in scale.streams
-            for way, make, balance in (("prefix", scale.prefix, Balance()), ("prefix+lora", scale.lora, even(p)))
+            for way, make, rate in (("prefix", scale.prefix, {}), ("prefix+lora", scale.lora, remedy(p)))
         ]
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found
