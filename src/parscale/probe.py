@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from parscale.errors import InputError
 from parscale.streams.aggregate import stream_weights
 from parscale.streams.backbone import has_streams
+from parscale.streams.diversify.calibration import evaluating
 from parscale.streams.order import split
 
 if TYPE_CHECKING:
@@ -140,17 +141,6 @@ def unmerged(model: Any) -> Iterator[None]:
         yield
     finally:
         state.merging = True
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """While it lasts, the model is in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _mean_cosine(hidden: Float[Tensor, "p b t d"]) -> float:

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from parscale.probe import StreamProbe, evaluating, probe_streams, token_losses, unmerged
+from parscale.probe import StreamProbe, probe_streams, token_losses, unmerged
 from parscale.streams.aggregate import stream_weights
 from parscale.streams.attention import TAG
+from parscale.streams.diversify.calibration import evaluating
 from parscale.streams.order import split
 from parscale.train.stages import is_diversifier
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from parscale.errors import InputError
 from parscale.load import load_model, load_tokenizer
 from parscale.output import print_json, print_table
-from parscale.probe import evaluating, token_losses
+from parscale.probe import token_losses
 from parscale.streams.backbone import has_streams
+from parscale.streams.diversify.calibration import evaluating
 from parscale.train.corpus import Document, read_documents
 from parscale.train.shapes import check_context
 

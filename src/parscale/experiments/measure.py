@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from parscale.probe import evaluating, token_losses, unmerged
+from parscale.probe import token_losses, unmerged
 from parscale.probe_details import BANDS, probe_details
 from parscale.streams.backbone import has_streams
+from parscale.streams.diversify.calibration import evaluating
 from parscale.streams.order import split
 
 DETAILED = 8

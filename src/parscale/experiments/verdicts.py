@@ -118,20 +118,24 @@ def paired(
     reference_value: Callable[[Row], float] = loss,
 ) -> Gain:
     """The gain of the run `name` over the run `reference`, over the seeds that both have. Rows of one text."""
-    ours, theirs = by_seed(rows, name), by_seed(rows, reference)
-    seeds = sorted(ours.keys() & theirs.keys())
-    return gain_of([value(ours[s]) for s in seeds], [reference_value(theirs[s]) for s in seeds])
+    ours, theirs = of_common_seeds(rows, name, reference)
+    return gain_of([value(row) for row in ours], [reference_value(row) for row in theirs])
 
 
 def by_seed(rows: Sequence[Row], name: str) -> dict[int, Row]:
     return {row["seed"]: row for row in rows if row["name"] == name}
 
 
-def losses_of(rows: Sequence[Row], *wanted: str) -> list[list[float]]:
-    """Losses of each run of these names, over the seeds that all of them have. Rows of one text."""
+def of_common_seeds(rows: Sequence[Row], *wanted: str) -> list[list[Row]]:
+    """The rows of each run of these names, one for each seed that all of them have. Rows of one text."""
     of = [by_seed(rows, name) for name in wanted]
     seeds = sorted(set.intersection(*(set(one) for one in of)))
-    return [[loss(one[seed]) for seed in seeds] for one in of]
+    return [[one[seed] for seed in seeds] for one in of]
+
+
+def losses_of(rows: Sequence[Row], *wanted: str) -> list[list[float]]:
+    """Losses of each run of these names, over the seeds that all of them have. Rows of one text."""
+    return [[loss(row) for row in one] for one in of_common_seeds(rows, *wanted)]
 
 
 def by_corpus(rows: Sequence[Row]) -> dict[str, list[Row]]:

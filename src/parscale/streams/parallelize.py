@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionMaskInterface, PreTrainedModel
@@ -92,7 +93,7 @@ def record_attention(model: PreTrainedModel, implementation: str, ids: Int[Tenso
     runs: list[bool] = []
     hook = model.base_model.register_forward_hook(lambda *_: runs.append(True))
     try:
-        with _recording(model, implementation, seen), evaluating(model):
+        with _recording(model, implementation, seen), evaluating(model), torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()

@@ -59,7 +59,7 @@ def check_separate(model: Any, end_of_text: int) -> None:
     second = [end_of_text, one, other, one]
     ids = torch.tensor([[one, one, one, *second], [other, other, other, *second]], device=model.device)
     positions = torch.tensor([0, 1, 2, 3, 0, 1, 2], device=model.device).expand_as(ids)
-    with evaluating(model):
+    with evaluating(model), torch.no_grad():
         told = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 4:].float()
     if not torch.allclose(told[0], told[1], rtol=1e-2, atol=1e-2 * told.std().item()):
         raise InputError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import SLOW, Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, names, paired
 from parscale.train.config import Balance
 
 MANY = 4
@@ -35,7 +35,6 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     """The claim holds where two of four streams are not worse than one stream trained alone."""
     table, outcomes, said, curves = [], [], [], {}
     for corpus, of in by_corpus(rows).items():
-        control = by_seed(of, "control")
         checkpoints = [name for name in names(of) if not name.startswith("control")]
         if not checkpoints:
             continue
@@ -45,9 +44,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             table.append({"text": corpus, "checkpoint": name} | _filled({p: statistics.mean(v) for p, v in at.items()}))
             curves[f"{corpus}, {name}"] = [(float(p), statistics.mean(values)) for p, values in at.items()]
         for name in ("trained at P=4", "trained at random p"):
-            seen = by_seed(of, name)
-            seeds = sorted(seen.keys() & control.keys())
-            gain = gain_of([_at(seen[s], "2") for s in seeds], [control[s]["validation_loss"] for s in seeds])
+            gain = paired(of, name, "control", lambda row: _at(row, "2"))
             outcomes.append(gain.outcome)
             said.append(f"{name}, run at p=2, over one stream trained alone, on {corpus}: {gain}")
     return Verdict(combine(outcomes), "; ".join(said) + ".", table, curves, ("p at inference", "loss (nats)"))

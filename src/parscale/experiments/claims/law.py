@@ -56,7 +56,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             intervals, comparison = bootstrap(law, 200), compare(runs)
         except InputError as error:
             said.append(f"{label}: {error}.")
-            outcomes += ["undecided"] * (not kind)
+            if not kind:
+                outcomes.append("undecided")
             continue
         low, high = intervals["k"]
         best = low > 2 * SMALL and "paper" in comparison.supported and "chinchilla" not in comparison.supported

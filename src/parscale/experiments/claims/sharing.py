@@ -58,10 +58,11 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     table, outcomes, said, curves = [], [], [], {}
     points: dict[str, dict[str, tuple[str, float]]] = {}
     for corpus, of in by_corpus(rows).items():
-        for name in (name for name in names(of) if not name.endswith("control")):
+        have = names(of)
+        for name in (name for name in have if not name.endswith("control")):
             place, streams, keys = name.split(", ", 2)
             control, own = f"{place}, control", f"{place}, {streams}, {keys.replace('shared', 'own')}"
-            if own not in names(of):  # what only shared keys can have stands beside own ones as they come
+            if own not in have:  # what only shared keys can have stands beside own ones as they come
                 own = f"{place}, {streams}, own"
             losses = losses_of(of, name, own, control)
             kept = _kept(*losses)

@@ -106,7 +106,7 @@ def own_text(model: Any) -> Int[Tensor, "b t"]:
         ids[::2] = start
     step, cache = ids, None
     devices = [model.device] if model.device.type == "cuda" else []
-    with evaluating(model), torch.random.fork_rng(devices):
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(0)
         for _ in range(length - 1):
             output = model(input_ids=step, past_key_values=cache, use_cache=True)
@@ -120,11 +120,10 @@ def own_text(model: Any) -> Int[Tensor, "b t"]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While it lasts, the model is in evaluation mode and no gradient is recorded."""
+    """While it lasts, the model is in evaluation mode."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         model.train(training)

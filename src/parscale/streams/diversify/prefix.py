@@ -191,7 +191,7 @@ def _start_near_identity(model: Any, layers: dict[str, Any], calibration: Calibr
     for ridge in RIDGES:
         for name, module in layers.items():
             init_near_identity(module, calibration.layers[name], ridge)
-        with evaluating(model):
+        with evaluating(model), torch.no_grad():
             predicted = model(input_ids=calibration.ids, use_cache=False).logits.float().log_softmax(-1)
         divergence = (expected.exp() * (expected - predicted)).sum(-1).mean().item()
         if divergence <= NEAR_IDENTITY_NATS:
