@@ -122,6 +122,13 @@ def paired(
     return gain_of([value(row) for row in ours], [reference_value(row) for row in theirs])
 
 
+def growth(rows: Sequence[Row], before: tuple[str, str], after: tuple[str, str]) -> Gain:
+    """By how much the gain of one run over its control is above that of another one: pairs of names, run and control,
+    over the seeds that all four have. Rows of one text."""
+    few, of_few, many, of_many = losses_of(rows, *before, *after)
+    return gain_of(np.subtract(of_few, few).tolist(), np.subtract(of_many, many).tolist())
+
+
 def by_seed(rows: Sequence[Row], name: str) -> dict[int, Row]:
     return {row["seed"]: row for row in rows if row["name"] == name}
 

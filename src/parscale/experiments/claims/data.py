@@ -9,7 +9,7 @@ import numpy as np
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import SLOW, Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, growth, names, paired
 
 FACTORS = (0.125, 0.25, 0.5, 1.0)
 
@@ -36,14 +36,11 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     table, outcomes, said, curves = [], [], [], {}
     for corpus, of in by_corpus(rows).items():
         for streams in dict.fromkeys(name.split(",")[0] for name in names(of) if name.startswith("P=")):
-            by_factor: dict[float, dict[int, float]] = {}
+            by_factor: dict[float, tuple[str, str]] = {}
             for name in (name for name in names(of) if name.startswith(streams + ",")):
                 control = name.replace(streams, "control", 1)
                 factor = float(name.split(", ")[1].split()[0])
-                ours, theirs = by_seed(of, name), by_seed(of, control)
-                by_factor[factor] = {
-                    s: theirs[s]["validation_loss"] - ours[s]["validation_loss"] for s in ours.keys() & theirs.keys()
-                }
+                by_factor[factor] = name, control
                 gain = paired(of, name, control)
                 as_long = f"control, {factor * int(streams.removeprefix('P=')):g} × tokens"
                 table.append(
@@ -57,9 +54,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 curves.setdefault(f"{corpus}, {streams}", []).append((float(np.log2(factor)), gain.mean))
             if len(by_factor) == 1:
                 continue
-            least, most = by_factor[min(by_factor)], by_factor[max(by_factor)]
-            seeds = sorted(least.keys() & most.keys())
-            change = gain_of([least[s] for s in seeds], [most[s] for s in seeds])
+            change = growth(of, by_factor[min(by_factor)], by_factor[max(by_factor)])
             outcomes.append(change.outcome)
             said.append(f"{streams} on {corpus}: {change}")
     reason = "Gain at the most tokens less that at the fewest: " + "; ".join(said) + "."

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against, remedy
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, growth, paired
 
 SHAPES = {"smoke": ("pico", "2x32x2e8"), "cpu": ("pico", "2x32x2e8"), "gpu": ("mini", "6x256x4e8")}
 """Dense and sparse, of equal active parameters."""
@@ -30,20 +30,15 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     table, outcomes, said = [], [], []
     for corpus, of in by_corpus(rows).items():
         most = max(row["streams"] for row in of)
-        by_kind = {}
         for kind in ("dense", "sparse"):
             for p in sorted({row["streams"] for row in of} - {1}):
                 gain = paired(of, f"{kind}, P={p}", f"{kind}, control")
                 table.append({"text": corpus, "run": f"{kind}, P={p}", "gain over its control": str(gain)})
-            ours, control = by_seed(of, f"{kind}, P={most}"), by_seed(of, f"{kind}, control")
-            by_kind[kind] = {
-                s: control[s]["validation_loss"] - ours[s]["validation_loss"] for s in ours.keys() & control.keys()
-            }
-            said.append(f"{kind}, P={most} on {corpus}: {paired(of, f'{kind}, P={most}', f'{kind}, control')}")
-            outcomes.append(paired(of, f"{kind}, P={most}", f"{kind}, control").outcome)
-        seeds = sorted(by_kind["dense"].keys() & by_kind["sparse"].keys())
-        more = gain_of([by_kind["dense"][s] for s in seeds], [by_kind["sparse"][s] for s in seeds])
-        said.append(f"sparse over dense: {more}")
+            gain = paired(of, f"{kind}, P={most}", f"{kind}, control")
+            said.append(f"{kind}, P={most} on {corpus}: {gain}")
+            outcomes.append(gain.outcome)
+        dense, sparse = (f"dense, P={most}", "dense, control"), (f"sparse, P={most}", "sparse, control")
+        said.append(f"sparse over dense: {growth(of, dense, sparse)}")
     return Verdict(combine(outcomes), "; ".join(said) + ".", table)
 
 
