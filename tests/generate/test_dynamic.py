@@ -44,6 +44,24 @@ def test_p_comes_back_after_an_error(model: Any, ids: Tensor) -> None:
     assert model.streams == 3
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("generating", [True, False])
+def test_an_interrupted_prompt_leaves_nothing_behind(generating: bool, ids: Tensor) -> None:
+    """Ctrl-C while stream 0 reads the prompt of all."""
+    model = with_streams(build(), kv="shared", diversify=("prefix", "lora"))
+    expected = model(ids).logits
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.base_model.layers[1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        greedy(model, ids) if generating else model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    hook.remove()
+    assert torch.equal(model(ids).logits, expected)
+    assert model.streams == 4
+
+
 @pytest.mark.parametrize("streams", [0, 5, -1, True])
 def test_a_p_that_was_not_trained_is_refused(model: Any, ids: Tensor, streams: Any) -> None:
     for call in (
@@ -158,6 +176,9 @@ def test_streams_that_a_row_did_not_ask_for_weigh_nothing(ids: Tensor, aggregate
     for i, p in enumerate([3, 2, 3]):
         narrow = model.with_streams(p)
         torch.testing.assert_close(logits[i], narrow(ids[i : i + 1]).logits[0], rtol=0, atol=1e-5)
+    for rows in (1, 2):
+        with pytest.raises(InputError, match=f"set for 3 rows, and the batch has {rows}"):
+            model(ids[:rows])
     for wrong in ([], [1, 5], [0, 1]):
         with pytest.raises(InputError, match="1 to 4"):
             model.set_streams(wrong)

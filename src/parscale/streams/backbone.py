@@ -132,7 +132,13 @@ class StreamsBackbone(_HasStreams):
         state = self.stream_state
         present = state.present
         if present is not None:  # beam search has several rows for each of the batch
-            present = present.repeat_interleave(hidden.shape[1] // present.shape[1], dim=1)
+            times, left = divmod(hidden.shape[1], present.shape[1])
+            if left or not times:
+                raise InputError(
+                    f"streams are set for {present.shape[1]} rows, and the batch has {hidden.shape[1]}: call "
+                    "set_streams with one number, or one for each row"
+                )
+            present = present.repeat_interleave(times, dim=1)
         weights = stream_weights(hidden, self.aggregate_layer, state.smoothing, present)
         if state.observer is not None:
             state.observer(hidden, weights)

@@ -142,6 +142,7 @@ def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, 
     """Before the causal LM runs several streams over a prompt of which only the last logits are asked for: run stream 0
     over what comes before them, into the cache, and leave the rest to all streams. The same logits and the same cache.
     """
+    end_of_pass(model, (), None)  # a KeyboardInterrupt in the pass before has left it out
     keep, cache = kwargs.get("logits_to_keep", 0), kwargs.get("past_key_values")
     name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
     inputs, mask, positions = kwargs.get(name), kwargs.get("attention_mask"), kwargs.get("position_ids")
