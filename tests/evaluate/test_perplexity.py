@@ -35,6 +35,14 @@ def test_the_loss_is_that_of_separate_passes(model: Path, tmp_path: Path) -> Non
     assert fewer.loss != score.loss
 
 
+def test_documents_that_tell_nothing_count_nowhere(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("import os\n" * 9)
+    (alone,) = evaluate(str(model), [str(tmp_path)], block_size=16)
+    for letter in "bcdefg":  # a token each
+        (tmp_path / f"{letter}.txt").write_text(letter)
+    assert evaluate(str(model), [str(tmp_path)], block_size=16) == [alone]
+
+
 def test_the_interval_resamples_documents() -> None:
     low, high = bootstrap_of_documents(np.array([10.0, 40.0]), np.array([10, 20]))
     assert (low, high) == (1.0, 2.0)
@@ -48,5 +56,8 @@ def test_the_verb_prints_json_and_refuses_bad_numbers(
     assert main(["eval", str(model), "--data", str(tmp_path / "a.txt"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["low"] is None  # one document has no interval
     assert main(["eval", str(model), "--streams", "9"]) == 2
+    for flag in (["--limit", "1"], ["--shots", "0"], ["--execute"]):
+        assert main(["eval", str(model), *flag]) == 2
+        assert "an evaluation with data" in capsys.readouterr().err
     with pytest.raises(InputError, match="block_size=1"):
         evaluate(str(model), [str(tmp_path)], block_size=1)

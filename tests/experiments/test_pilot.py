@@ -60,18 +60,16 @@ def test_a_few_steps_decide_nothing() -> None:
 
 def test_a_gain_over_documents_weighs_them_by_their_tokens() -> None:
     tokens = np.array([10, 30, 60])
-    ours, theirs = DocumentLosses(np.array([20.0, 60, 120]), tokens), DocumentLosses(np.array([30.0, 75, 126]), tokens)
+    ours, theirs = (DocumentLosses(np.array(nats), tokens, []) for nats in ([20.0, 60, 120], [30.0, 75, 126]))
     gain, low, high = compare(ours, theirs)
     assert gain == pytest.approx((10 + 15 + 6) / 100)
     assert (low, high) == (pytest.approx(0.1, abs=0.02), pytest.approx(1.0, abs=0.02))
-    assert math.isnan(
-        compare(DocumentLosses(ours.nats[:1], tokens[:1]), DocumentLosses(theirs.nats[:1], tokens[:1]))[1]
-    )
+    assert math.isnan(compare(*(DocumentLosses(one.nats[:1], tokens[:1], []) for one in (ours, theirs)))[1])
 
 
 def test_losses_are_compared_at_the_same_steps() -> None:
     """A run may have more evaluations than another one; what grows is the gain at steps that both have."""
-    losses = {name: DocumentLosses(np.ones(5), np.ones(5)) for name in ("control", "P=2")}
+    losses = {name: DocumentLosses(np.ones(5), np.ones(5), []) for name in ("control", "P=2")}
     curves = {"control": {2: 3.0, 3: 9.0, 4: 2.8}, "P=2": {2: 2.9, 4: 2.5}}
     results = {
         name: SimpleNamespace(

@@ -215,7 +215,7 @@ def test_other_weights_under_the_same_name_are_refused(noisy, short, tmp_path) -
     processes.run(train_until, run_of(output, short, model=str(folder)), 5)
     model.lm_head.weight.data += 1
     model.save_pretrained(folder)
-    with pytest.raises(InputError, match="weights="):
+    with pytest.raises(InputError, match="other weights than model="):
         train(run_of(output, short, model=str(folder), resume=True))
 
 
@@ -236,12 +236,17 @@ def test_a_finished_run_is_not_trained_again(noisy, short, tmp_path, text: Packe
 def test_a_finished_run_is_not_given_back_for_another(noisy, short, tmp_path) -> None:
     config = run_of(tmp_path / "out", short, model=str(noisy), resume=True)
     train(config)
-    with pytest.raises(InputError, match=r"has ended, with weight_decay=0\.1 instead of 0\.2; give another output"):
+    with pytest.raises(InputError, match=r"the end of another run, with weight_decay=0\.1 instead of 0\.2"):
         train(replace(config, weight_decay=0.2))
+    with pytest.raises(InputError, match="sequences in a step=4 instead of 8"):
+        train(replace(config, batch_size=8))
+    (config.output / "train.json").write_text("{")
+    with pytest.raises(InputError, match=r"train\.json cannot be read"):
+        train(config)
 
 
 def test_a_finished_run_of_other_text_or_weights_is_not_given_back(noisy, short, base, tmp_path) -> None:
-    """The same settings, while what they name has changed. What older runs have recorded says nothing of it."""
+    """The same settings, while what they name has changed."""
     text, model = tmp_path / "text.txt", tmp_path / "model"
     text.write_text(short.read_text())
     shutil.copytree(noisy, model)
@@ -249,17 +254,19 @@ def test_a_finished_run_of_other_text_or_weights_is_not_given_back(noisy, short,
     told = train(config)
     assert train(config) == told
     text.write_text(short.read_text() + "more")
-    with pytest.raises(InputError, match=r"has ended, with another text than data=.*; give another output"):
+    with pytest.raises(InputError, match=r"the end of another run, with another text than data="):
         train(config)
     text.write_text(short.read_text())
     weights = load_file(model / "model.safetensors")
     save_file({name: 2 * value for name, value in weights.items()}, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"has ended, with other weights than model=.*; give another output"):
+    with pytest.raises(InputError, match=r"the end of another run, with other weights than model="):
         train(config)
-    record = json.loads((tmp_path / "out" / "train.json").read_text())
-    del record["run"]
-    (tmp_path / "out" / "train.json").write_text(json.dumps(record))
-    assert train(config) == told
+
+
+def test_the_time_before_a_resume_counts(stopped: Path, noisy, short) -> None:
+    progress = stopped / "checkpoint-3" / "progress.json"
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"seconds": 1e6}))
+    assert train(run_of(stopped, short, model=str(noisy), resume=True)).seconds > 1e6
 
 
 class PlainTrainer(FaultTolerance, Trainer):

@@ -158,6 +158,17 @@ def test_validation_loss_does_not_depend_on_the_batch(base: Path, tmp_path: Path
     assert found == pytest.approx([nats / count] * 3, abs=1e-5)
 
 
+def test_another_template_is_another_text(tokenizer, tmp_path: Path) -> None:
+    """A run does not go on with examples that have changed under it."""
+    data, template = write(tmp_path / "chats.jsonl", capitals(4)), tmp_path / "template.jinja"
+    config = TrainConfig("sft", tmp_path / "out", data=(data,), block_size=64, chat_template=str(template))
+    seen = set()
+    for name in ("a", "a", "b"):
+        template.write_text("{% for m in messages %}" + name + "{{ m['role'] }}{{ m['content'] }}{% endfor %}")
+        seen.add(load_chats(config, tokenizer).fingerprint)
+    assert len(seen) == 2
+
+
 def test_rows_on_both_sides_are_refused(tokenizer, tmp_path: Path) -> None:
     rows = capitals(4)
     data, held_out = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[3:])

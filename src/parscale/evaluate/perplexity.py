@@ -29,6 +29,7 @@ class DocumentLosses:
 
     nats: np.ndarray
     tokens: np.ndarray
+    documents: Sequence[Document]
 
     @property
     def mean(self) -> float:
@@ -106,7 +107,7 @@ def document_losses(
 ) -> DocumentLosses:
     """Losses document by document, of the first so many tokens, and of at most `each` of a document. A piece of one
     token has nothing to predict."""
-    nats, counts, seen = [], [], 0
+    read, nats, counts, seen = [], [], [], 0
     with evaluating(model), torch.no_grad():
         for document in documents:
             if seen >= tokens:
@@ -114,10 +115,11 @@ def document_losses(
             ids = torch.tensor(tokenizer(document.text, add_special_tokens=False)["input_ids"])[: tokens - seen][:each]
             losses = [_losses(model, piece) for piece in ids.split(block_size) if len(piece) > 1]
             if losses:
+                read.append(document)
                 nats.append(sum(loss.sum().item() for loss in losses))
                 counts.append(sum(loss.numel() for loss in losses))
             seen += len(ids)
-    return DocumentLosses(np.array(nats), np.array(counts))
+    return DocumentLosses(np.array(nats), np.array(counts), read)
 
 
 def bootstrap_of_documents(nats: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
@@ -135,9 +137,8 @@ def _score(model: Any, tokenizer: Any, source: str, block_size: int, tokens: int
     if not len(losses.tokens):
         raise InputError(f"data={source}: no document of it has two tokens")
     low, high = bootstrap_of_documents(losses.nats, losses.tokens)
-    sampled = documents[: len(losses.tokens)]
-    size = sum(len(document.text.encode()) for document in sampled)
-    ids = sum(len(tokenizer(document.text, add_special_tokens=False)["input_ids"]) for document in sampled)
+    size = sum(len(document.text.encode()) for document in losses.documents)
+    ids = sum(len(tokenizer(document.text, add_special_tokens=False)["input_ids"]) for document in losses.documents)
     return CorpusScore(
         corpus=Path(source).name,
         documents=len(losses.tokens),

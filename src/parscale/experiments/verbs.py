@@ -1,5 +1,6 @@
 """The verbs of the command line that measure: experiment, report, eval and pilot. Imports stand inside them."""
 
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -87,6 +88,14 @@ def evaluate(
     """
     if sum(map(bool, (data, tasks, code))) > 1:
         raise InputError("data, tasks and code are three evaluations: give one of them")
+    kind = "tasks" if tasks else "code" if code else "data"
+    told = {"block_size": block_size, "tokens": tokens, "shots": shots, "limit": limit, "batch_size": batch_size}
+    for name, value in {**told, "options": options}.items():
+        if kind not in _FLAGS_OF[name] and value != signature(evaluate).parameters[name].default:
+            flag = "a flag of code (execute, samples, …)" if name == "options" else f"{name}={value}"
+            raise InputError(
+                f"{flag} says nothing of an evaluation with {kind}; it is of {' and '.join(_FLAGS_OF[name])}"
+            )
     if tasks:
         from parscale.evaluate.harness import run_tasks
 
@@ -99,6 +108,17 @@ def evaluate(
         from parscale.evaluate.perplexity import evaluate as run
 
         run(model, data or ("stdlib",), streams=streams, block_size=block_size, tokens=tokens, as_json=json)
+
+
+_FLAGS_OF = {
+    "block_size": ("data",),
+    "tokens": ("data",),
+    "shots": ("tasks",),
+    "limit": ("tasks", "code"),
+    "batch_size": ("tasks", "code"),
+    "options": ("code",),
+}
+"""Which evaluations a flag of `evaluate` is for."""
 
 
 def pilot(

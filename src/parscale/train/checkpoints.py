@@ -42,6 +42,8 @@ MAY_CHANGE = (
     "control",
 )  # fmt: skip
 """Settings that a run may be gone on with in another way: they change no weight."""
+_MADE_FROM = {"text": "another text than data={data} has now", "weights": "other weights than model={model!r} has now"}
+"""What a run was made from that its settings do not tell, and what is said of another."""
 
 
 class Checkpoints:
@@ -73,14 +75,27 @@ class Checkpoints:
         if not complete:
             return None
         newest = complete[-1]
-        other = json.loads((newest / _RUN).read_text(encoding="utf-8"))
-        for name in self.run | other:
-            if self.run.get(name) != other.get(name):
-                raise InputError(
-                    f"output={self.folder}: {newest.name} is of another run, with {name}={other.get(name)!r} instead "
-                    f"of {self.run.get(name)!r}; give what it was started with, or another output"
-                )
+        self.check_same(read_json(newest / _RUN), newest.name)
         return newest
+
+    def check_same(self, other: dict[str, Any], what: str) -> None:
+        """Refuse to go on with `other`, the run of `what` in the folder, where it is not this one.
+
+        Raises:
+            InputError: names the first difference.
+        """
+        for name in self.run | other:
+            ours, theirs = self.run.get(name), other.get(name)
+            if ours != theirs:
+                told = (
+                    _MADE_FROM[name].format(**self.run)
+                    if name in _MADE_FROM
+                    else f"{name}={theirs!r} instead of {ours!r}"
+                )
+                raise InputError(
+                    f"output={self.folder} holds {what} of another run, with {told}; give what it was started with, "
+                    "or another output"
+                )
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
@@ -154,7 +169,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: Any, scheduler: Any) -
         optimizer.state[parameter][kind] = tensors[key] = value
     with _alone_or_together() as options:
         load(tensors, storage_reader=reader, **options)
-    progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+    progress = read_json(folder / _PROGRESS)
     for group, saved in zip(optimizer.param_groups, progress.pop("groups"), strict=True):
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
     scheduler.load_state_dict(progress.pop("scheduler"))
@@ -166,6 +181,18 @@ def load_random_state(folder: Path) -> None:
     file = folder / f"rng-{_rank()}.json"
     if file.exists():
         _set_random_state(json.loads(file.read_text(encoding="utf-8")))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a run has written of itself.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({first_line(error)}); give another output, or remove it") from None
 
 
 def run_of(config: TrainConfig, data: PackedText, model: Any) -> dict[str, Any]:

@@ -192,13 +192,9 @@ def _documents(
 
 def given_tokenizer(tokenizer: "str | Path | PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     if isinstance(tokenizer, str | Path):
-        from transformers import AutoTokenizer
+        from parscale.load import load_tokenizer
 
-        try:
-            loaded = AutoTokenizer.from_pretrained(str(tokenizer))
-        except Exception as error:  # from_pretrained raises whatever its file readers do
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"tokenizer={tokenizer}: cannot be loaded: {reason}") from error
+        loaded = load_tokenizer(tokenizer)
     else:
         loaded = tokenizer
     if loaded.eos_token_id is None:

@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ class FaultTolerance:
 
     Attributes:
         skipped: how many steps were skipped so far, those before a resume included.
+        seconds: how long the run has trained, those before a resume included.
         gradients: norm of the last step's gradient in each parameter group, before clipping.
         stopped_by: why training stopped early: "SIGTERM", or which groups' gradients were not finite; else None.
     """
@@ -48,11 +50,16 @@ class FaultTolerance:
         self.checkpoints = checkpoints
         self.max_skipped = max_skipped
         self.skipped = 0
+        self._started = time.monotonic()
         self.gradients: dict[str, float] = {}
         self.stopped_by: str | None = None
         self.terminated = threading.Event()
         self._finite_loss: Tensor | None = None
         self.add_callback(_Faults(self))  # type: ignore[attr-defined]
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -95,6 +102,7 @@ class FaultTolerance:
         with self.checkpoints.writing(self.state.global_step) as folder:
             progress = {
                 "skipped": self.skipped,
+                "seconds": self.seconds,
                 "waited": [one.early_stopping_patience_counter for one in self._patient()],
             }
             save_state(folder, self._bare_model(), self._bare_optimizer(), self.lr_scheduler, progress)
@@ -108,6 +116,7 @@ class FaultTolerance:
         if checkpoint is not None:
             progress = load_state(Path(checkpoint), self._bare_model(), self._bare_optimizer(), self.lr_scheduler)
             self.skipped = progress["skipped"]
+            self._started -= progress["seconds"]
             for callback, waited in zip(self._patient(), progress["waited"], strict=True):
                 callback.early_stopping_patience_counter = waited
 

@@ -1,6 +1,7 @@
 """From a run's settings to its text: whose tokenizer, one corpus or several, in memory or on disk, and what else the
 loss is measured on."""
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +49,8 @@ def prepare(config: TrainConfig) -> PackedText:
         options |= {"tokenizer": text.tokenizer, "max_train_tokens": config.block_size}
         other = load_text(config.forgetting, **options)
         blocks = other.validation if config.stage != "sft" else other.validation.with_format(None)  # as TRL takes them
-        text = replace(text, corpora=text.corpora | {FORGETTING: blocks})
+        both = hashlib.sha256(f"{text.fingerprint} {other.fingerprint}".encode()).hexdigest()
+        text = replace(text, corpora=text.corpora | {FORGETTING: blocks}, fingerprint=both)
     if config.separate_documents:
         text = replace(text, end_of_text=text.tokenizer.eos_token_id)
     return text

@@ -93,7 +93,7 @@ def _has_streams(model: str) -> bool:
     if (Path(model) / "streams.json").exists():
         return True
     try:
-        entries = vars(AutoConfig.from_pretrained(model))
+        entries = vars(AutoConfig.from_pretrained(model, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise InputError(f"model {model!r} cannot be loaded: {first_line(error)}") from None
     return "parscale_n" in entries and not StreamsConfig.from_json(entries).is_plain

@@ -65,7 +65,7 @@ def load_chats(config: TrainConfig, tokenizer: Any) -> PackedText:
         validation_tokens=_tokens(validation),
         train_documents=len(rows),
         validation_documents=len(held_out),
-        fingerprint=hashlib.sha256(json.dumps([sorted(rows), sorted(held_out)]).encode()).hexdigest(),
+        fingerprint=hashlib.sha256(json.dumps([train.to_dict(), validation.to_dict()]).encode()).hexdigest(),
     )
 
 

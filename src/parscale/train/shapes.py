@@ -44,7 +44,7 @@ def build(model: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Pr
         )
     else:
         try:
-            config = AutoConfig.from_pretrained(model)
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = first_line(error)
             raise InputError(
@@ -53,7 +53,10 @@ def build(model: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Pr
     check_vocabulary(config.vocab_size, tokenizer, model)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
-    return AutoModelForCausalLM.from_config(config)
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise InputError(f"model={model!r} is not the configuration of a causal LM ({first_line(error)})") from None
 
 
 def check_context(model: Any, block_size: int, name: str) -> None:

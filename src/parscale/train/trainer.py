@@ -5,7 +5,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from parscale.errors import InputError, first_line
 from parscale.probe import StreamProbe
 from parscale.streams.backbone import has_streams, streams_of
 from parscale.train.balance import StreamBalance
-from parscale.train.checkpoints import MAY_CHANGE, PREFIX, SCRATCH, Checkpoints, run_of
+from parscale.train.checkpoints import PREFIX, SCRATCH, Checkpoints, read_json, run_of
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, sample
 from parscale.train.faults import FaultTolerance, catching_sigterm, command_to_resume
@@ -58,8 +57,6 @@ from parscale.train.watch import StreamWatch, as_logs, say
 
 RECORD = "train.json"
 """What a run was told and gave; a folder that has it holds a whole model."""
-ORIGIN = {"text": "another text than data={0.data} has now", "weights": "other weights than model={0.model!r} has now"}
-"""What a run was made from that its settings do not tell, by the names of `run_of`, and what is said of another."""
 LOGS = "runs"
 """Where TensorBoard's event files stand in the output folder."""
 
@@ -254,9 +251,8 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
     if config.report_to != "none" and find_spec(config.report_to) is None:
         raise InputError(f"report_to={config.report_to!r} needs a package: pip install {config.report_to}")
     if config.resume and (record := _record(config.output)) is not None:
-        _check_same(config, record["config"])
-        if "run" in record:
-            _check_same_origin(config, data, record["run"])
+        text, trained = _origin(config, data)
+        Checkpoints(config.output, run_of(config, text, base_of(trained))).check_same(record["run"], "the end")
         say(f"{config.output} holds a run that has ended; nothing is left to do")
         return TrainResult(**record["result"])
     if is_first_process():
@@ -281,7 +277,6 @@ def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> Tra
     steps = max(1, (config.tokens or data.train_tokens) // tokens_per_step)
     several = has_streams(model) and model.streams > 1
     balance = StreamBalance(model, config.balance, config.seed) if several and not config.balance.is_off else None
-    started = time.monotonic()
     checkpoints = Checkpoints(config.output, run_of(config, data, model), config.keep)
     newest = checkpoints.resume() if config.resume else None
     sft = config.stage == "sft"
@@ -332,13 +327,12 @@ def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> Tra
             for name, key in ((name, f"eval_{name}_loss") for name in data.corpora)
         },
         probe=seen.to_dict() if seen else None,
-        seconds=time.monotonic() - started,
+        seconds=trainer.seconds,
         history=history,
     )
     whole = whole_parameters(trained) if trainer.is_fsdp_enabled else None
     if is_first_process():
-        run = {name: checkpoints.run[name] for name in ORIGIN}
-        record = {"result": asdict(result), "config": _plain(asdict(config)), "run": run}
+        record = {"result": asdict(result), "config": _plain(asdict(config)), "run": checkpoints.run}
         save_run(trained, data.tokenizer, config.output, record, whole)
     trainer.accelerator.wait_for_everyone()
     return result
@@ -455,28 +449,7 @@ def finished_run(output: Path) -> TrainResult | None:
 
 def _record(output: Path) -> dict[str, Any] | None:
     file = output / RECORD
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def _check_same(config: TrainConfig, theirs: dict[str, Any]) -> None:
-    """Refuse a run that has ended, with the settings `theirs`, and was another one than is asked for."""
-    for name, ours in _plain(asdict(config)).items():
-        if name not in MAY_CHANGE and name in theirs and theirs[name] != ours:
-            raise InputError(
-                f"output={config.output} holds a run that has ended, with {name}={theirs[name]!r} instead of {ours!r}; "
-                "give another output"
-            )
-
-
-def _check_same_origin(config: TrainConfig, data: PackedText | None, theirs: dict[str, Any]) -> None:
-    """Refuse a run that has ended, and that was made from `theirs`: another text, or other weights."""
-    text, trained = _origin(config, data)
-    ours = run_of(config, text, base_of(trained))
-    for name, told in ORIGIN.items():
-        if theirs[name] != ours[name]:
-            raise InputError(
-                f"output={config.output} holds a run that has ended, with {told.format(config)}; give another output"
-            )
+    return read_json(file) if file.is_file() else None
 
 
 def _origin(config: TrainConfig, data: PackedText | None) -> tuple[PackedText, Any]:
