@@ -36,9 +36,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     def perform(task: Task) -> dict[str, Any]:
         for need in task.needs():
             assert (need.folder / "train.json").exists()
-        done.append(task)
-        task.folder.mkdir(parents=True)
-        (task.folder / "train.json").write_text("{}")
+        if not task.folder.exists():
+            done.append(task)
+            task.folder.mkdir(parents=True)
+            (task.folder / "train.json").write_text("{}")
         return {"key": task.key, "name": task.run.name, "seed": task.seed, "scale": task.scale}
 
     monkeypatch.setattr(sweeping, "perform", perform)
@@ -109,6 +110,29 @@ def test_a_needed_model_that_is_gone_is_trained_again_but_is_no_new_row(tmp_path
     rows = run(tmp_path, [CONTROL, STREAMED])
     assert names(trained) == ["control", "control", "P=2"]
     assert [row["name"] for row in rows] == ["P=2"]
+
+
+def test_another_text_under_the_same_name_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows stand beside the others, and no gain is measured against a model of the other text."""
+    monkeypatch.setenv("PARSCALE_CACHE", str(tmp_path / "cache"))
+    corpus = write_corpus(tmp_path / "corpus")
+    given: dict[str, Any] = {"corpora": {"code": (str(corpus),)}}
+    (first,) = run(tmp_path, [CONTROL], **given)
+    assert run(tmp_path, [CONTROL], **given) == []
+    corpus.rename(tmp_path / "moved")
+    given = {"corpora": {"code": (str(tmp_path / "moved"),)}}
+    assert run(tmp_path, [CONTROL], **given) == []
+    (streamed,) = run(tmp_path, [STREAMED], **given)  # its control stays in the work folder
+    assert streamed["fingerprint"] == first["fingerprint"]
+    (tmp_path / "moved").rename(tmp_path / "changed")
+    (tmp_path / "changed" / "more.py").write_text("def another(text):\n    return text\n" * 99)
+    given = {"corpora": {"code": (str(tmp_path / "changed"),)}}
+    with pytest.raises(InputError, match="a model of another text called 'code'"):
+        run(tmp_path, [STREAMED], **given)
+    (tmp_path / "work").rename(tmp_path / "old work")
+    (second,) = run(tmp_path, [CONTROL], **given)
+    assert (second["key"], second["fingerprint"] == first["fingerprint"]) == (first["key"], False)
+    assert len(read_rows(tmp_path / "results" / "baseline.jsonl")) == 3
 
 
 def test_after_the_deadline_nothing_is_begun(tmp_path: Path, trained: list[Task]) -> None:

@@ -2,7 +2,8 @@
 
 A sweep that was killed goes on: rows that are there are not run again, nor are those that another experiment of the
 same results has under another name; a run that was told to stop goes on from its checkpoint in the work folder. Models
-that others continue or are measured against are trained first and stay in the work folder.
+that others continue or are measured against are trained first and stay in the work folder. A row of another text under
+the same name is no row of these.
 """
 
 import json
@@ -28,6 +29,7 @@ from parscale.experiments.measure import measure
 from parscale.experiments.runs import SCALES, Run
 from parscale.experiments.shapes import source_of
 from parscale.load import load_model
+from parscale.train.checkpoints import read_json
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, load_text, sample
 from parscale.train.faults import catching_sigterm
@@ -97,13 +99,19 @@ def sweep(
         InputError: a text that no corpus is given for, or that cannot be read.
     """
     file = results / f"{experiment}.jsonl"
-    done = {row["key"] for row in read_rows(file)}
-    elsewhere = {row["key"]: row for other in sorted(results.glob("*.jsonl")) for row in read_rows(other)}
+    held: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for other in sorted(results.glob("*.jsonl")):
+        for row in read_rows(other):
+            held.setdefault(row["key"], []).append((other, row))
     wanted = [Task(run, seed, scale, dict(corpora), work, True) for seed in seeds for run in runs]
-    pending = {task.key: task for task in wanted if task.key not in done}
-    for key in [key for key in pending if key in elsewhere]:
-        _append(file, row := elsewhere[key] | {"experiment": experiment, "name": pending.pop(key).run.name})
-        yield row
+    pending, fingerprints = dict[str, Task](), dict[Any, str]()
+    for task in wanted:
+        there = {of: row for of, row in held.get(task.key, ()) if _is_of_text(row, task, fingerprints)}
+        if not there:
+            pending[task.key] = task
+        elif file not in there:
+            _append(file, row := next(iter(there.values())) | {"experiment": experiment, "name": task.run.name})
+            yield row
     _check_corpora(pending.values())
     tasks = _with_needed(pending)
     kept = {need.key for task in tasks for need in task.needs()}
@@ -146,8 +154,7 @@ def perform(task: Task) -> dict[str, Any]:
     run = task.run
     text = _text_of(task)
     start = task.needs()[0].folder if run.start is not None else None
-    # its key tells which run it is; the text may have moved since
-    result = finished_run(task.folder) or train(
+    result = _finished(task, text) or train(
         TrainConfig(
             run.stage,
             task.folder,
@@ -171,7 +178,31 @@ def perform(task: Task) -> dict[str, Any]:
         data=text,
         title=f"{run.name} {run.corpus} {task.seed}",
     )
-    return _row(task, result, text)
+    return _row(task, result, text) if task.recorded else {}
+
+
+def _finished(task: Task, text: PackedText) -> TrainResult | None:
+    """What the run gave, if it has ended. Its key tells all that it is but the text behind the name, which may have
+    moved, and may have changed."""
+    result = finished_run(task.folder)
+    if result is not None and read_json(task.folder / RECORD)["run"]["text"] != text.fingerprint:
+        raise InputError(
+            f"work={task.work} holds a model of another text called {task.run.corpus!r}, in {task.folder}; give "
+            "another work folder, or the text another name"
+        )
+    return result
+
+
+def _is_of_text(row: Mapping[str, Any], task: Task, known: dict[Any, str]) -> bool:
+    """Whether a row with the task's key is of the text that the task's corpora name now, where they name one. `known`
+    keeps the fingerprints of texts."""
+    run = task.run
+    if "fingerprint" not in row or not {run.corpus, run.root.corpus} <= task.corpora.keys():
+        return True
+    text = run.corpus, run.root.corpus, run.vocab_size, run.block_size, run.stage == "sft"
+    if text not in known:
+        known[text] = _text_of(task).fingerprint
+    return row["fingerprint"] == known[text]
 
 
 def _row(task: Task, result: TrainResult, text: PackedText) -> dict[str, Any]:
@@ -238,12 +269,12 @@ def _check_corpora(tasks: Any) -> None:
 
 
 def _with_needed(pending: Mapping[str, Task]) -> list[Task]:
-    """The tasks, and those whose models they need and that the work folder does not have."""
+    """The tasks, and those whose models they need."""
     found = dict(pending)
     queue = list(found.values())
     while queue:
         for need in queue.pop().needs():
-            if need.key not in found and not (need.folder / RECORD).is_file():
+            if need.key not in found:
                 found[need.key] = need
                 queue.append(need)
     return list(found.values())
