@@ -18,7 +18,8 @@ Outcome = Literal["supported", "not supported", "undecided", "not run"]
 Row = dict[str, Any]
 SEEDS = 3
 WORTH = 0.02
-"""Nats. Where the whole interval of a gain is below it, there is none worth having."""
+"""Nats, or a share of weights or attention. Where the whole interval of a gain is below it, there is none worth
+having."""
 ROUNDING = 1e-9
 """Nats: a spread below it is none."""
 

@@ -26,7 +26,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
-    """Supported where both gain; how their gains differ is told beside it."""
+    """Supported where both gain; how far the gains differ is told, and decides nothing."""
     table, outcomes, said = [], [], []
     for corpus, of in by_corpus(rows).items():
         most = max(row["streams"] for row in of)
@@ -44,7 +44,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 
 CLAIM = Claim(
     "moe",
-    "Streams gain on a mixture of experts as they do on a dense model of as many active parameters.",
+    "Streams gain on a mixture of experts too, beside a dense model of as many active parameters.",
     "Open. Experts add parameters without compute and streams add compute without parameters, so the gains may add up.",
     runs,
     verdict,

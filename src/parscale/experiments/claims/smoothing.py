@@ -55,7 +55,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         for streams in dict.fromkeys(name.split(",")[0] for name in names(of) if "ε=" in name):
             gain = paired(of, f"{streams}, ε=0.1", f"{streams}, ε=0")
             even = paired(of, f"{streams}, ε=0.1", f"{streams}, ε=0", largest_weight, largest_weight)
-            outcomes += [gain.outcome]
+            outcomes += [gain.outcome, even.outcome]
             said.append(f"{streams} on {corpus}: loss {gain}, largest weight lower by {even}")
     reason = "ε = 0.1 against ε = 0: " + "; ".join(said) + "."
     return Verdict(combine(outcomes), reason, table, curves, ("ε", "largest mean weight"))

@@ -28,26 +28,35 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 def verdict(rows: Sequence[Row]) -> Verdict:
     """The theory leaves [(P−1)ρ+1]/P of the reducible loss, so the gain over the control's loss is at most the rest;
     it holds where the measured gain rises with 1 − [(P−1)ρ+1]/P over all runs."""
-    table, points, seeds = [], {}, {}
+    table, points, counts, runs_of = [], {}, {}, {}
     for corpus, of in by_corpus(rows).items():
         control = by_seed(of, "control")
         for row in of:
             rho = row["measured"].get("rho")
             if rho is None or row["seed"] not in control:
                 continue
-            seeds.setdefault((corpus, row["name"]), set()).add(row["seed"])
+            runs_of.setdefault(corpus, {}).setdefault(row["name"], []).append(len(points.setdefault(corpus, [])))
+            counts.setdefault(corpus, []).append(row["streams"])
             p = row["streams"]
             left = ((p - 1) * rho + 1) / p
             gain = loss(control[row["seed"]]) - loss(row)
-            points.setdefault(corpus, []).append((1 - left, gain))
+            points[corpus].append((1 - left, gain))
             table.append(
                 {"text": corpus, "run": row["name"], "seed": row["seed"], "ρ": rho, "[(P−1)ρ+1]/P": left, "gain": gain}
             )
-    slopes = {corpus: _rank_correlation(np.array(of)) for corpus, of in points.items() if len(of) >= LEAST}
+    slopes = {
+        corpus: _rank_correlation(np.array(of), list(runs_of[corpus].values()))
+        for corpus, of in points.items()
+        if len(of) >= LEAST
+    }
     if not slopes:
         return Verdict("undecided" if table else "not run", f"Fewer than {LEAST} runs with streams on a text.", table)
-    said = [f"{corpus}: {value:+.2f} [{low:+.2f}, {high:+.2f}]" for corpus, (value, low, high) in slopes.items()]
-    few = min(len(seen) for (corpus, _), seen in seeds.items() if corpus in slopes) < SEEDS
+    said = []
+    for corpus, (value, low, high) in slopes.items():
+        gains = [gain for _, gain in points[corpus]]
+        by_p = _spearman(np.array([list(zip(counts[corpus], gains, strict=True))]))[0]
+        said.append(f"{corpus}: {value:+.2f} [{low:+.2f}, {high:+.2f}], of P alone and the gain {by_p:+.2f}")
+    few = min(len(seen) for corpus in slopes for seen in runs_of[corpus].values()) < SEEDS
     outcome: Outcome = "undecided"
     if few:
         said.append(f"fewer than {SEEDS} seeds of a run")
@@ -60,10 +69,11 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     return Verdict(outcome, reason, table, points, axes, cloud=True)
 
 
-def _rank_correlation(points: np.ndarray) -> tuple[float, float, float]:
-    """Spearman's, with a 95 % bootstrap interval over the points, which are (runs, 2)."""
-    draws = np.random.default_rng(0).integers(0, len(points), (RESAMPLES, len(points)))
-    drawn = _spearman(points[draws])
+def _rank_correlation(points: np.ndarray, runs: list[list[int]]) -> tuple[float, float, float]:
+    """Spearman's, with a 95 % bootstrap interval. `points` are (rows, 2); `runs` tells which rows are one run's seeds.
+    Runs are drawn with all their seeds, which are no independent points of the theory."""
+    draws = np.random.default_rng(0).integers(0, len(runs), (RESAMPLES, len(runs)))
+    drawn = np.concatenate([_spearman(points[np.concatenate([runs[i] for i in draw])][None]) for draw in draws])
     low, high = np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])  # a draw of one value has no correlation
     return float(_spearman(points[None])[0]), float(low), float(high)
 
