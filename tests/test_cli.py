@@ -48,6 +48,10 @@ def test_generate_and_probe_work_on_a_trained_model(trained: Path, parscale: Run
     code, out, error = parscale("generate", trained, "def ", "--max-new-tokens", 4, "--streams", 1)
     assert code == 0, error
     assert out.startswith("def ")
+    for wrong in (("--streams", 3), ("--max-new-tokens", 0), ("--temperature", -1)):
+        code, out, error = parscale("generate", trained, "def ", *wrong)
+        assert (code, out) == (2, ""), error
+        assert error.strip().count("\n") == 0
     code, out, error = parscale("probe", trained, "--data", "corpus", "--block-size", 32, "--json")
     assert code == 0, error
     assert len(json.loads(out)["weights"]) == 2
@@ -106,6 +110,7 @@ def test_streams_that_the_model_has_are_gone_on_with_and_others_refused(trained:
         (("train", "retrofit", "--output", "o", "--model", "./nowhere"), "nowhere"),
         (("train", "pretrain", "--output", "o", "--data", "./nothing-here"), "nothing-here"),
         (("train", "pretrain", "--output", "o", "--prefix-tokens", "-1"), "prefix_tokens=-1"),
+        (("train", "retrofit", "--output", "o"), "give --model FOLDER"),
         (("generate", "./nowhere", "hello"), "nowhere"),
         (("probe", "./nowhere"), "nowhere"),
         (("demo", "--streams", "1"), "streams=(1,)"),

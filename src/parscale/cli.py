@@ -66,7 +66,6 @@ def generate(
     from parscale.load import load_model, load_tokenizer
 
     loaded, tokenizer = load_model(model), load_tokenizer(model)
-    print(prompt, end="", flush=True)
     complete(
         loaded,
         tokenizer,
@@ -75,7 +74,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         streams=streams,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),  # the prompt too, once all is checked
     )
 
 

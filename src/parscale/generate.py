@@ -32,10 +32,12 @@ def complete(
         streamer: a transformers streamer that gets the tokens as they come.
 
     Raises:
-        InputError: an empty prompt, a negative temperature, or more streams than the model has.
+        InputError: an empty prompt, a negative temperature, no new tokens, or more streams than the model has.
     """
     if temperature < 0:
         raise InputError(f"temperature={temperature} is not accepted; give a number >= 0")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} is not accepted; give an integer >= 1")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise InputError("the prompt is empty; give at least one token of text")

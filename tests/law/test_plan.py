@@ -170,6 +170,9 @@ def test_the_public_face_fits_predicts_and_plans(tmp_path: Path) -> None:
 def test_units() -> None:
     assert [parse_bytes(x) for x in ("6GiB", "6 gb", 12, "800MB")] == [6 * 2**30, 6e9, 12, 800e6]
     assert [parse_seconds(x) for x in ("40ms", "2s", 0.5, "7us")] == pytest.approx([0.04, 2, 0.5, 7e-6])
+    for parse, text in ((parse_bytes, "6"), (parse_seconds, "40"), (parse_bytes, "6 ms")):
+        with pytest.raises(InputError, match="a positive amount such as"):
+            parse(text)
 
 
 def test_the_verbs_print_tables_json_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,12 +9,12 @@ SECONDS = {"s": 1, "ms": 1e-3, "us": 1e-6}
 
 
 def parse_bytes(text: str | float, name: str = "memory") -> float:
-    """Bytes: "6GiB", "800MB", or a number of bytes."""
+    """Bytes: "6GiB", "800MB", or, where it is no text, a number of bytes."""
     return _parse(text, BYTES, name, "6GiB or 800MB")
 
 
 def parse_seconds(text: str | float, name: str = "latency") -> float:
-    """Seconds: "40ms", "2s", or a number of seconds."""
+    """Seconds: "40ms", "2s", or, where it is no text, a number of seconds."""
     return _parse(text, SECONDS, name, "40ms or 2s")
 
 
@@ -25,8 +25,8 @@ def _parse(text: str | float, units: dict[str, float], name: str, example: str) 
             number, unit = number.removesuffix(known).strip(), known
             break
     try:
-        value = float(number) * units.get(unit, 1)
-    except ValueError:
+        value = float(number) * (units[unit] if isinstance(text, str) else 1)
+    except (KeyError, ValueError):
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"{name} is {text!r}: a positive amount such as {example} is needed")

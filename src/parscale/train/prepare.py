@@ -3,6 +3,7 @@ loss is measured on."""
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from parscale.errors import InputError
@@ -11,6 +12,7 @@ from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, load_text
 from parscale.train.mix import load_mix
 from parscale.train.sft import load_chats
+from parscale.train.shapes import SHAPES
 from parscale.train.streaming import stream_text
 
 FORGETTING = "forgetting"
@@ -60,10 +62,13 @@ def tokenizer_of(config: TrainConfig) -> Any:
     """The tokenizer that a run names, or its trained model's own; None where one is to be trained.
 
     Raises:
-        InputError: it cannot be loaded, or gives other ids than the one that the model was trained with.
+        InputError: there is no trained model, or its tokenizer cannot be loaded, or gives other ids than the one that
+            it was trained with.
     """
     if config.stage == "pretrain":
         return load_tokenizer(config.tokenizer) if config.tokenizer else None
+    if config.model in SHAPES and not Path(config.model).exists():
+        raise InputError(f"stage {config.stage!r} goes on from a trained model: give --model FOLDER, or a hub name")
     if config.tokenizer is None:
         return load_tokenizer(config.model)
     given = load_tokenizer(config.tokenizer)
