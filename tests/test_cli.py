@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from parscale.cli import main
 from tests.corpora import write_corpus
+from tests.small import build, with_streams
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -58,6 +59,19 @@ def test_generate_and_probe_work_on_a_trained_model(trained: Path, parscale: Run
     code, out, error = parscale("probe", trained, "--data", "corpus", "--block-size", 32)
     assert code == 0, error
     assert "loss alone" in out
+
+
+def test_what_has_no_value_is_null_in_json(trained: Path, folder: Path, parscale: Run) -> None:
+    """Errors that are all zero have no correlation; NaN is no JSON."""
+    for name, model in (("even", with_streams(build(vocab_size=384))), ("control", build(vocab_size=384))):
+        model.lm_head.weight.data.zero_()
+        model.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(trained).save_pretrained(folder / name)
+    arguments = ("--control", "control", "--data", "corpus", "--block-size", 32)
+    code, out, error = parscale("probe", "even", *arguments, "--json")
+    assert code == 0, error
+    assert "NaN" not in out
+    assert json.loads(out)["error_correlation"] is None
 
 
 def test_the_folder_that_one_stands_in_may_be_the_output(

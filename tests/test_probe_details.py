@@ -60,6 +60,20 @@ def test_gradient_share_by_stream(model: Any) -> None:
     assert all(p.grad is None for p in with_streams(build()).parameters())
 
 
+def test_a_generator_of_prefixes_is_no_stream() -> None:
+    """Its biases have no row for each stream, and the banks that it stands in for get no gradient."""
+    generated = {"prefix_init": "reparameterized"}
+    assert probe_details(with_streams(build(), **generated), IDS).gradient_share == []
+    model = with_streams(build(), diversify=("prefix", "lora"), **generated)
+    shares = probe_details(model, IDS).gradient_share
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    squares = torch.zeros(4)
+    for name, parameter in model.named_parameters():
+        if "stream_lora" in name:
+            squares += parameter.grad.flatten(1).square().sum(1)
+    assert shares == pytest.approx((squares / squares.sum()).tolist(), abs=1e-5)
+
+
 def test_spectrum_counts_directions() -> None:
     basis = torch.randn(3, 1, 50, 8)
     assert spectrum_streams(basis[:1].repeat(3, 1, 1, 1)) == pytest.approx(1, abs=1e-4)

@@ -1,21 +1,28 @@
 """Loading a model, with or without streams, so that whatever is wrong with its folder is told in one line."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from parscale.errors import InputError, first_line
 from parscale.streams.backbone import has_streams
 from parscale.streams.checkpoint import DEFAULT, MANIFEST, load_streams
 from parscale.streams.families import SUFFIX, register_family
+from parscale.streams.tensors import check_readable
 
 LORA = "adapter_config.json"
 """What `peft` calls the settings of a LoRA in its folder."""
+LORA_TENSORS = "adapter_model.safetensors"
+"""What `peft` calls the tensors of a LoRA in its folder."""
+_AS_WRITTEN = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Classes of tokenizers that are all in their tokenizer.json."""
 TRAINED = "trained"
 """What streams of a folder are called on a base that came with streams of its own."""
 
@@ -28,41 +35,70 @@ def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> A
     by torchao on a CPU, by bitsandbytes on a GPU.
 
     Raises:
-        InputError: no such folder or hub name, a config that no model understands, a damaged checkpoint, adapters of a
-            base in other bits, or the package for the quantisation is not there.
+        InputError: no such folder or hub name, a config that no model understands, a damaged checkpoint, a LoRA that is
+            not whole, adapters of a base in other bits, or a package that this takes is not there.
     """
     folder = Path(name)
-    if _holds_adapters(folder):
-        return _load_adapters(folder, quantize, options)
-    try:
+    with _told_in_one_line("model", name):
+        if (folder / LORA).exists():
+            _check_lora(folder)
+        if _holds_adapters(folder):
+            return _load_adapters(folder, quantize, options)
         family = str(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
         if family.endswith(SUFFIX):
             register_family(family.removesuffix(SUFFIX))
         return AutoModelForCausalLM.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, **options | _quantization(quantize)
         )
-    except InputError:
-        raise
-    except SafetensorError as error:
-        raise InputError(f"model {str(name)!r}: its safetensors file is damaged ({first_line(error)})") from None
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise InputError(f"model {str(name)!r} cannot be loaded: {first_line(error)}") from None
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """`AutoTokenizer.from_pretrained` without remote code.
+    """`AutoTokenizer.from_pretrained` without remote code, and with what the folder's tokenizer.json says: for some
+    families, qwen2 among them, transformers puts the family's own splitting of words in its place.
 
     Raises:
-        InputError: the folder or hub name has no tokenizer.
+        InputError: the folder or hub name has no tokenizer, or a damaged one.
     """
-    try:
+    with _told_in_one_line("tokenizer", name):
+        if get_tokenizer_config(name).get("tokenizer_class") in _AS_WRITTEN:
+            return PreTrainedTokenizerFast.from_pretrained(name)
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer {str(name)!r} cannot be loaded: {first_line(error)}") from None
+
+
+@contextmanager
+def _told_in_one_line(kind: str, name: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except SafetensorError as error:
+        raise InputError(f"{kind} {str(name)!r}: its safetensors file is damaged ({first_line(error)})") from None
+    except Exception as error:  # a bad file makes the libraries raise anything, down to ZeroDivisionError
+        where = "" if Path(name).exists() else "no such folder here; from the hub: "
+        raise InputError(f"{kind} {str(name)!r} cannot be loaded: {where}{_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):  # says the key alone
+        return repr(error)
+    first = first_line(error)
+    if not first.endswith(":"):
+        return first
+    return " ".join(map(str.strip, str(error).strip().splitlines()[:2]))  # a heading and what stands under it
 
 
 def _holds_adapters(folder: Path) -> bool:
     return not (folder / "config.json").exists() and any((folder / file).exists() for file in (MANIFEST, LORA))
+
+
+def _check_lora(folder: Path) -> None:
+    """`peft` would take a pickle where there are no safetensors."""
+    if not (folder / LORA_TENSORS).is_file():
+        raise InputError(
+            f"model {str(folder)!r} has no {LORA_TENSORS}, and a LoRA is loaded from nothing else; "
+            "write it with peft's save_pretrained"
+        )
+    check_readable([folder / LORA_TENSORS])
 
 
 def _load_adapters(folder: Path, asked: str, options: dict[str, Any]) -> Any:
@@ -84,12 +120,29 @@ def _load_adapters(folder: Path, asked: str, options: dict[str, Any]) -> Any:
     if MANIFEST in facts:
         model = load_streams(model, folder, TRAINED if has_streams(model) else DEFAULT)
     if LORA in facts:
-        from peft import PeftModel
-
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        adapted = _put_on_lora(model, folder)
         # a merge into few bits would round most of the LoRA away
         model = adapted.merge_and_unload() if quantize == "none" else adapted.get_base_model()
     return model
+
+
+def _put_on_lora(model: Any, folder: Path) -> Any:
+    try:
+        from peft import PeftConfig, get_peft_model
+    except ImportError:
+        raise InputError(
+            f"model {str(folder)!r} is a LoRA and needs the package peft: pip install 'parscale[peft]'"
+        ) from None
+    adapted = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
+    # `PeftModel.from_pretrained` would only warn of tensors that are missing, and be silent on those that go nowhere.
+    found: Any = adapted.load_adapter(str(folder), "default")
+    if wrong := [*found.missing_keys, *found.unexpected_keys]:
+        raise InputError(
+            f"model {str(folder)!r}: {LORA_TENSORS} is not the LoRA of its {LORA} on this base, "
+            f"{len(found.missing_keys)} tensors are missing and {len(found.unexpected_keys)} go nowhere, "
+            f"as {wrong[0]}; fetch it again"
+        )
+    return adapted
 
 
 def _quantization(bits: str) -> dict[str, Any]:

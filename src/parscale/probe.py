@@ -3,7 +3,6 @@
 *Stream collapse*: P streams are no better than one. *Weight monoculture*: one stream gets nearly all the weight.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parscale.errors import InputError
+from parscale.output import print_json, print_table
 from parscale.streams.aggregate import stream_weights
 from parscale.streams.backbone import has_streams
 from parscale.streams.diversify.calibration import evaluating
@@ -189,9 +189,9 @@ def probe_model(
     details = probe_details(model, ids, control=load_model(control) if control else None)
     seen = details.probe
     if as_json:
-        print(json.dumps(seen.to_dict() | {k: v for k, v in asdict(details).items() if k != "probe"}))
+        print_json(seen.to_dict() | {k: v for k, v in asdict(details).items() if k != "probe"})
     else:
-        _print_table(details)
+        _print_details(details)
     if plot is not None:
         from parscale.probe_plot import draw_probe
 
@@ -199,30 +199,27 @@ def probe_model(
     return seen
 
 
-def _print_table(details: "StreamDetails") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _print_details(details: "StreamDetails") -> None:
     seen = details.probe
-    table = Table(title=f"{seen.streams} streams on {seen.tokens:,} held-out tokens: {seen.verdict}")
-    for column in ("stream", "weight", "loss alone", "loss without", "gradient", "on its prefix"):
-        table.add_column(column, justify="right")
-    prefix = [sum(layer) / len(layer) for layer in zip(*details.prefix_attention, strict=True)]
-    for i, (weight, loss) in enumerate(zip(seen.weights, seen.stream_losses, strict=True)):
-        without = f"{details.loss_without[i]:.4f}" if details.loss_without else ""
-        share = f"{details.gradient_share[i]:.0%}" if details.gradient_share else ""
-        mass = f"{prefix[i]:.0%}" if prefix else ""
-        table.add_row(str(i + 1), f"{weight:.3f}", f"{loss:.4f}", without, share, mass)
-    table.add_section()
-    table.add_row("merged", f"{seen.effective_streams:.2f} in effect", f"{seen.loss:.4f}", "", "", "")
-    console = Console()
-    console.print(table)
-    console.print("losses in nats a token; gradient: share of what tells the streams apart; prefix: share of attention")
+    columns = {
+        "weight": seen.weights,
+        "loss alone": seen.stream_losses,
+        "loss without": details.loss_without,
+        "gradient": details.gradient_share,
+        "on its prefix": [sum(layers) / len(layers) for layers in zip(*details.prefix_attention, strict=True)],
+    }
+    shown = {name: values for name, values in columns.items() if values}
+    print_table(
+        f"{seen.streams} streams on {seen.tokens:,} held-out tokens: {seen.verdict}",
+        [{"stream": i + 1} | {name: values[i] for name, values in shown.items()} for i in range(seen.streams)],
+    )
+    print(f"merged: loss {seen.loss:.4f}, {seen.effective_streams:.2f} streams in effect")
+    print("losses in nats a token; gradient: share of what tells the streams apart; prefix: share of attention")
     if seen.cosine is not None:
         layers = " ".join(f"{c:.3f}" for c in seen.layer_cosine)
-        console.print(f"cosine between streams, layer by layer: {layers}")
+        print(f"cosine between streams, layer by layer: {layers}")
     if details.gain is not None and seen.error_correlation is not None:
-        console.print(
+        print(
             f"gain over the control: {details.gain:+.4f} nats; error correlation ρ = {seen.error_correlation:.3f}, for "
             f"which the paper's theory leaves {details.loss_factor:.0%} of the reducible loss"
         )

@@ -12,6 +12,7 @@ from parscale.streams.aggregate import stream_weights
 from parscale.streams.attention import TAG
 from parscale.streams.diversify.calibration import evaluating
 from parscale.streams.order import split
+from parscale.streams.tensors import stream_tensors
 from parscale.train.stages import is_diversifier
 
 BANDS = 8
@@ -118,15 +119,18 @@ def _gradient_share(model: Any, input_ids: Tensor) -> list[float]:
     p = model.streams
     banks = [
         parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in stream_tensors(model).items()
         if is_diversifier(name) and parameter.requires_grad and parameter.shape[0] >= p > 1
     ]
     if not banks:
         return []
     loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-    gradients = torch.autograd.grad(loss, banks, allow_unused=True)  # a prefix generator stands in for its banks
-    squares = sum(g[:p].flatten(1).square().sum(1) for g in gradients if g is not None)
-    return (squares / squares.sum()).tolist()  # type: ignore[union-attr]
+    gradients = torch.autograd.grad(loss, banks, allow_unused=True)  # banks that are generated get none
+    squares = [g[:p].flatten(1).square().sum(1) for g in gradients if g is not None]
+    if not squares:
+        return []
+    total = torch.stack(squares).sum(0)
+    return (total / total.sum()).tolist()
 
 
 def _bands(by_position: Float[Tensor, "p t"]) -> list[list[float]]:

@@ -90,7 +90,11 @@ def test_weights_of_the_base_are_there_too(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"hidden_size": "x"}, "cannot be loaded"),
+        ({"hidden_size": "x"}, "cannot be loaded: .*'hidden_size': .*int"),
+        ({"hidden_act": "nope"}, r"cannot be loaded: KeyError\('nope'\)"),
+        ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, r"cannot be loaded: KeyError\('nope'\)"),
+        ({"num_attention_heads": 0}, "cannot be loaded: .* by zero"),
+        ({"model_type": "qwen2", "attn_implementation": "flash_attention_2"}, "cannot be loaded: .*FlashAttention2"),
         ({"parscale": {"prefix_shapes": [1]}}, "parscale.prefix_shapes="),
         ({"parscale": {"prefix_shapes": {"layers.9.self_attn": [2, 8, 8]}}}, "parscale.prefix_shapes="),
         ({"parscale": {"prefix_shapes": {"layers.0.self_attn": [2, "8", 8]}}}, "parscale.prefix_shapes="),

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from parscale.errors import InputError
@@ -110,13 +111,22 @@ def test_a_prompt_without_placeholders_is_spoiled_not_overwritten() -> None:
     assert logits[..., :VOCABULARY].isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for the old name
 def test_what_cannot_be_folded_is_refused_in_one_line() -> None:
+    lora = get_peft_model(with_streams(build()), LoraConfig(target_modules=["q_proj"]))
+    quantised = get_peft_model(with_streams(build()), LoraConfig(target_modules=["q_proj"])).get_base_model()
+    quantised.is_quantized = True  # what transformers sets where weights are in few bits
     for model, reason in (
         (build("gpt2"), "model type 'gpt2'"),
         (build("mistral", sliding_window=8), "sliding window"),
         (with_streams(build(), kv="shared"), "shared_prefix=True"),
         (build("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "dynamic"),
+        (with_streams(build(), prefix_init="reparameterized"), "generates its prefixes; save it, load it again"),
+        (lora, r"LoRA beside its weights; merge it with merge_and_unload\(\)"),
+        (lora.get_base_model(), r"LoRA beside its weights; merge it with merge_and_unload\(\)"),
+        (quantised, "holds quantised weights"),
     ):
         with pytest.raises(InputError, match=reason) as refusal:
             FoldedDecoder(model)
         assert "\n" not in str(refusal.value)
+    FoldedDecoder(lora.merge_and_unload())

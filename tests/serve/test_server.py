@@ -280,6 +280,34 @@ def test_what_was_done_is_counted(client: Any, server: Server) -> None:
     assert server.metric("parscale_requests_total", route="none", status="404") >= 1
 
 
+OWN = ["127.0.0.1", "127.0.0.1:8000", "localhost", "LOCALHOST:8000", "[::1]", "[::1]:8000"]
+OTHERS = [
+    "evil.example",
+    "evil.example:8000",
+    "127.0.0.1.evil.example",
+    "localhost.evil.example:8000",
+    "[::2]:8000",
+    "",
+]
+
+
+def test_without_a_key_it_has_no_other_name(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page whose name points at this machine is of the same origin to a browser; only the `Host` tells."""
+    monkeypatch.delenv("PARSCALE_API_KEY", raising=False)
+    body = {"prompt": "x", "max_tokens": 1}
+    with serving(folder, "--streams", 1, key=None) as server, server.client(api_key="none") as client:
+        assert complete(client, server, "x", max_tokens=2).usage.completion_tokens == 2
+        for host, status in [(host, 200) for host in OWN] + [(host, 400) for host in OTHERS]:
+            assert server.http.get("/v1/models", headers={"Host": host}).status_code == status, host
+            assert server.http.post("/v1/completions", headers={"Host": host}, json=body).status_code == status, host
+
+
+def test_with_a_key_it_has_any_name(server: Server) -> None:
+    """That of a proxy, for one."""
+    for host in OWN + OTHERS[:2]:
+        assert server.http.get("/v1/models", headers={"Host": host}).status_code == 200, host
+
+
 def test_sigterm_lets_answers_finish(folder: Any, model: Any, tokenizer: Any) -> None:
     with serving(folder, "--streams", 1) as server, server.client() as client:
         stream = iter(complete(client, server, "x", max_tokens=300, stream=True))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
-from parscale.load import load_model
+from parscale.load import load_model, load_tokenizer
 from parscale.train.data import PackedText
 from parscale.train.trainer import StreamsTrainer, check_output, train
 from tests.train.conftest import run
@@ -28,6 +28,12 @@ def test_pretraining_learns_and_saves_a_model_that_transformers_loads(base: Path
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     ids = tokenizer("import os", return_tensors="pt").input_ids
     assert torch.isfinite(model(ids).logits).all()
+
+
+def test_a_model_is_gone_on_with_in_its_own_tokens(base: Path, text: PackedText) -> None:
+    """Its tokenizer reads as it did in training, though transformers would give a qwen2 model another one."""
+    words = "class _Name:  # it's 2024\n\tdef f(self): return 12345 + x_1"
+    assert load_tokenizer(base)(words)["input_ids"] == text.tokenizer(words)["input_ids"]
 
 
 @pytest.mark.parametrize("stage", ["retrofit", "frozen"])

@@ -146,7 +146,8 @@ def check_foldable(model: Any) -> None:
     """Refuse, in one line, a model whose graph `FoldedDecoder` would get wrong.
 
     Raises:
-        InputError: the family, its positions, its windows or its kind of streams are not among those that fold.
+        InputError: the family, its positions, its windows or its kind of streams are not among those that fold, or its
+            weights are not all in the linear layers and banks: quantised, in a LoRA, in a prefix generator.
     """
     config, settings = model.config, streams_of(model)
     family, name = config.model_type.removesuffix("_parscale"), type(model).__name__
@@ -164,8 +165,13 @@ def check_foldable(model: Any) -> None:
             "kv='shared' with a prefix for every stream is not grouped-query attention, so no engine runs it; "
             "train with shared_prefix=True, or with 'lora' or 'embedding' alone in diversify"
         )
-    if any("scales" in key or "packed" in key or "qdata" in key for key in model.state_dict()):
+    packed = any("scales" in key or "packed" in key or "qdata" in key for key in model.state_dict())
+    if packed or getattr(model, "is_quantized", False):
         raise InputError(f"{name} holds quantised weights; export the model as it was before, with --weights")
+    if any(hasattr(module, "base_layer") for module in model.modules()):  # what peft wraps; its weight is the base's
+        raise InputError(f"{name} has a LoRA beside its weights; merge it with merge_and_unload() and export that")
+    if getattr(model.base_model, "prefix_generator", None) is not None:
+        raise InputError(f"{name} still generates its prefixes; save it, load it again and export that")
 
 
 def fold_prefix(bank: Tensor, streams: int) -> Tensor:

@@ -7,13 +7,14 @@ continuous batching samples every request as the first one asked. Its batching m
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from parscale.serve.answer import Answer
@@ -27,7 +28,11 @@ Value = TypeVar("Value")
 
 
 def build_app(
-    engine: Engine, name: str, api_key: str | None = None, ready: Callable[[], None] = lambda: None
+    engine: Engine,
+    name: str,
+    api_key: str | None = None,
+    ready: Callable[[], None] = lambda: None,
+    hosts: Sequence[str] = ("*",),
 ) -> Callable[..., Awaitable[None]]:
     """The ASGI app.
 
@@ -36,6 +41,7 @@ def build_app(
         name: of the model; a request that names another gets 404.
         api_key: what clients must send as `Authorization: Bearer ...`, on every route but /health.
         ready: called once requests can be answered.
+        hosts: names of this server; a request for another, by its `Host`, gets 400. "*" stands for all.
     """
     server = _Server(engine, name)
 
@@ -51,6 +57,7 @@ def build_app(
 
     # FastAPI's own pages about the interface would load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     guarded = APIRouter(dependencies=[Depends(authorized)])
     app.get("/health")(server.health)
     guarded.get("/metrics")(server.metrics_text)

@@ -20,6 +20,8 @@ KEY = "PARSCALE_API_KEY"
 """The environment variable that holds the API key. A key on the command line is seen by everyone on the machine."""
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
+OWN_NAMES = ("127.0.0.1", "[::1]", "localhost")
+"""`LOCAL` as the `Host` of a request has them."""
 
 
 def serve(
@@ -72,7 +74,9 @@ def serve(
 
         try:
             engine.open(engine.streams)
-            app = build_app(engine, model, api_key, ready)
+            # A web page whose name is made to point at this machine would be allowed to ask, and to read the answers.
+            hosts = OWN_NAMES if host in LOCAL and api_key is None else ("*",)
+            app = build_app(engine, model, api_key, ready, hosts)
             config = uvicorn.Config(app, log_level="warning", access_log=False)
             # uvicorn raises the signal anew when it has stopped: then it must not kill what is left to do.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
