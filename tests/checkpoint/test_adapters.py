@@ -16,6 +16,7 @@ import parscale
 from parscale import InputError, StreamsConfig
 from parscale.load import load_model
 from parscale.streams.checkpoint import base_identity
+from parscale.streams.tensors import stream_tensors
 from tests.small import build, greedy, uncached, with_streams
 
 WIDTHS: dict[int, dict[str, Any]] = {
@@ -174,6 +175,52 @@ def test_a_base_in_another_precision_is_still_itself(
     assert loaded.base_model.aggregate_layer[0].weight.dtype == dtype
     parscale.save_streams(loaded, tmp_path)
     assert parscale.load_streams(build(), tmp_path).dtype == torch.float32
+
+
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16])
+def test_streams_keep_their_precision_over_another_base(base: torch.dtype, saved: dict[int, Path], ids: Tensor) -> None:
+    """As training over a base at rest has them: float32, of which nothing is lost by waiting."""
+    model = widened(4).to(base)
+    parscale.load_streams(model, saved[2], name="narrow")
+    parscale.use_streams(model, "default")
+    streams = stream_tensors(model)
+    with torch.no_grad():
+        for parameter in streams.values():
+            parameter.data = parameter.data.float()
+            parameter += 1e-4 * torch.randn_like(parameter)
+    before, values = logits(model, ids), {name: p.clone() for name, p in streams.items()}
+    for name in ("narrow", None, "default"):
+        parscale.use_streams(model, name)
+        assert model.dtype == base
+    now = stream_tensors(model)
+    assert all(now[name] is streams[name] and torch.equal(now[name], value) for name, value in values.items())
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for the old name
+def test_a_lora_of_peft_has_to_be_taken_off(saved: dict[int, Path], ids: Tensor, tmp_path: Path) -> None:
+    """It renames the modules that it wraps: nothing is written then, and the model stays what it was."""
+    peft = pytest.importorskip("peft")
+    model = widened(4)
+    lora = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, lora).eval()
+    before = logits(wrapped, ids)
+    for refused in (
+        lambda: parscale.save_streams(model, tmp_path / "none"),
+        lambda: parscale.load_streams(model, saved[2], name="narrow"),
+        lambda: parscale.use_streams(model, None),
+        lambda: parscale.use_streams(model, "default"),
+    ):
+        with pytest.raises(InputError, match=r"has a LoRA of peft on it.*take the LoRA off.*unload\(\)"):
+            refused()
+    assert not (tmp_path / "none").exists()
+    assert torch.equal(logits(wrapped, ids), before)
+    base = wrapped.unload()
+    parscale.save_streams(base, tmp_path)
+    assert torch.equal(logits(parscale.load_streams(build(), tmp_path), ids), logits(widened(4), ids))
+    parscale.load_streams(base, saved[2], name="narrow")
+    parscale.use_streams(base, "default")
+    assert torch.equal(logits(base, ids), logits(widened(4), ids))
 
 
 def _another_seed() -> Any:

@@ -70,6 +70,16 @@ def test_several_tokens_at_once_each_have_their_own_p(model: Any, ids: Tensor) -
                 model(ids, **refused)
 
 
+def test_gradients_are_refused_until_p_is_a_number(model: Any, ids: Tensor) -> None:
+    """Stream 0 alone, without a word, is not what was asked for."""
+    model.set_streams(HardTokens(0.0, 3))
+    for options in ({}, {"labels": ids}):
+        with pytest.raises(InputError, match=r"hard tokens are for inference.*no_grad\(\).*set_streams\(p\)"):
+            model(ids, **options)
+    model.set_streams(3)
+    model(ids, labels=ids).loss.backward()
+
+
 def test_losses_between_one_stream_and_all(model: Any, ids: Tensor) -> None:
     rows = adaptive_losses(model, ids, shares=(0.0, 0.5, 1.0))
     losses = {}

@@ -73,6 +73,19 @@ def test_softmax_is_float32_and_the_sum_returns_the_models_dtype() -> None:
     assert merge(hidden, weights).dtype == torch.bfloat16
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("p", [2, 3])
+def test_a_lora_on_the_head_counts_at_every_p(head: AggregationHead, hidden: torch.Tensor, p: int) -> None:
+    peft = pytest.importorskip("peft")
+    plain = stream_weights(hidden[:p], head, 0.1)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0", "2"], r=2, init_lora_weights=False), head)
+    beside = stream_weights(hidden[:p], head, 0.1)
+    for layer in (head[0], head[2]):
+        layer.merge()
+    torch.testing.assert_close(beside, stream_weights(hidden[:p], head, 0.1))
+    assert (beside - plain).abs().max() > 1e-3
+
+
 def test_names_and_shapes_are_the_released_ones() -> None:
     shapes = {name: tuple(p.shape) for name, p in AggregationHead(P, D).named_parameters()}
     assert shapes == {"0.weight": (D, P * D), "0.bias": (D,), "2.weight": (P, D), "2.bias": (P,)}

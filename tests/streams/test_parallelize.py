@@ -75,6 +75,67 @@ def test_refused_and_left_alone(name: str) -> None:
     assert_same(snapshot(model), before)
 
 
+GEMMA3N = {
+    "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "altup_num_inputs": 2,
+    "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0], "intermediate_size": [48, 48],
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+GEMMA4 = {
+    "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "global_head_dim": 8, "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [
+        ("gemma3n_text", GEMMA3N, r"Gemma3nForCausalLM.*predicts something else"),
+        ("gemma4_text", GEMMA4, r"Gemma4ForCausalLM.*from `inputs_embeds`"),
+    ],
+)
+def test_a_vector_where_token_ids_are_read_in_every_layer(
+    model_type: str, settings: dict[str, Any], reason: str
+) -> None:
+    """One family would leave out what it reads there, the other raises in every forward pass."""
+    model = causal(model_type, **settings)
+    for parameter in model.parameters():
+        parameter += 0.2 * torch.randn_like(parameter)  # some start at zero, and would hide what is left out
+    before = snapshot(model)
+    with pytest.raises(InputError, match=reason) as caught:
+        parscale.parallelize(model, StreamsConfig(streams=2, diversify=("embedding",)))
+    assert "\n" not in str(caught.value)
+    assert "use 'prefix' or 'lora'" in str(caught.value)
+    assert_same(snapshot(model), before)
+    parscale.parallelize(model, StreamsConfig(streams=2))
+
+
+@torch.no_grad()
+def test_more_streams_than_right_angles() -> None:
+    """A head of 8 channels, and 2 prefix tokens: 16 directions."""
+    model = llama()
+    before = snapshot(model)
+    config = {"prefix_tokens": 2, "prefix_init": "orthogonal"}
+    with pytest.raises(InputError, match=r"'orthogonal' with streams=17 and prefix_tokens=2.*only 16.*more tokens"):
+        parscale.parallelize(model, StreamsConfig(streams=17, **config))  # type: ignore[arg-type]
+    assert_same(snapshot(model), before)
+    parscale.parallelize(model, StreamsConfig(streams=16, **config))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 1), (0, 5), (8,), (2, 3, 4)])
+@pytest.mark.usefixtures("unchecked")
+def test_calibration_of_another_shape(shape: tuple[int, ...]) -> None:
+    """One token has no spread: the prefixes would be NaN."""
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(InputError, match=r"calibration of shape \(.*\(B, T\), at least two"):
+        parscale.parallelize(model, calibration=torch.ones(shape, dtype=torch.long))
+    assert_same(snapshot(model), before)
+    parscale.parallelize(model, calibration=torch.tensor([[5, 6]]))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 @torch.no_grad()
 def test_twice() -> None:
     model = parscale.parallelize(llama(), StreamsConfig(streams=2, prefix_tokens=5))

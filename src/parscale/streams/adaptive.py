@@ -20,7 +20,7 @@ class HardTokens:
     """Run `streams` streams where stream 0 alone predicts with an entropy above `entropy`, and stream 0 elsewhere.
 
     A hard token costs a pass of one stream and a pass of all; an easy one a pass of one. Give it to `set_streams`, or
-    to `generate` as `streams`.
+    to `generate` as `streams`. For inference alone: a forward pass has to be under `torch.no_grad()`.
 
     Args:
         entropy: of the prediction, in nats; 0 makes every token hard.
@@ -53,11 +53,16 @@ def run_hard_rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     """After the causal LM ran stream 0: run all streams if a token is hard, and take their prediction there.
 
     Raises:
-        InputError: a cache that cannot give back its last tokens, labels, or an output that is a tuple.
+        InputError: gradients are on, a cache that cannot give back its last tokens, labels, or an output that is a
+            tuple.
     """
     state = model.base_model.stream_state
-    if state.hard is None or torch.is_grad_enabled():
+    if state.hard is None:
         return None
+    if torch.is_grad_enabled():
+        raise InputError(
+            "hard tokens are for inference: run under torch.no_grad(), or call set_streams(p) with a number"
+        )
     if kwargs.get("labels") is not None or isinstance(output, tuple):
         raise InputError("hard tokens have no loss, and no tuple of outputs: leave out labels and return_dict=False")
     hard = prediction_entropy(output.logits) > state.hard.entropy  # (B, T)

@@ -38,13 +38,11 @@ class AggregationHead(nn.Sequential):
     def forward(self, hidden: Float[Tensor, "p b t d"]) -> Float[Tensor, "b t p"]:
         """Logits of the streams' weights. With p < P streams the absent ones read as zero in the first layer."""
         active = hidden.shape[0]
-        first, activation, last = self._layers()
-        x = hidden.permute(1, 2, 3, 0).flatten(2).to(first.weight.dtype)  # (B, T, d·p)
-        if active == self.streams:
-            return super().forward(x)
-        # (d, D·P) → (d, D·p): leaving columns out is the same as feeding zeros, and cheaper.
-        columns = first.weight.unflatten(1, (-1, self.streams))[..., :active].flatten(1)
-        return F.linear(activation(F.linear(x, columns, first.bias)), last.weight[:active], last.bias[:active])
+        first, _, _ = self._layers()
+        x = hidden.permute(1, 2, 3, 0).to(first.weight.dtype)  # (B, T, d, p)
+        if active < self.streams:  # padded, not cut: a layer called as a module has with it what peft puts on it
+            x = F.pad(x, (0, self.streams - active))
+        return super().forward(x.flatten(2))[..., :active]
 
     def _layers(self) -> Any:
         return tuple(self)

@@ -54,8 +54,9 @@ def save_streams(model: PreTrainedModel, directory: str | os.PathLike[str]) -> N
         directory: made if absent. Files of that name there are replaced, each at once.
 
     Raises:
-        InputError: the model has no streams.
+        InputError: the model has no streams, or a LoRA of `peft` is on it.
     """
+    _check_unwrapped(model)
     if not isinstance(model, StreamsForCausalLM) or streams_of(model).is_plain:
         raise InputError(f"{type(model).__name__} has no streams to save; give it some with parallelize()")
     backbone: Any = model.base_model
@@ -75,7 +76,8 @@ def load_streams(
     """Put saved streams on their base model, in place, and use them. A model may hold several, one of them in use.
 
     Args:
-        model: the base model, plain or with streams already; its own weights stay as they are.
+        model: the base model, plain or with streams already; its own weights stay as they are. The streams take its
+            dtype.
         source: a folder that `save_streams` wrote, or the name of a repository on the Hugging Face hub.
         name: what `use_streams` will call them. Streams that the model came with are called "default".
         revision: branch, tag or commit of the repository.
@@ -84,20 +86,21 @@ def load_streams(
         The same object.
 
     Raises:
-        InputError: `name` is taken; `source` is incomplete or corrupt, lacks stream tensors, has others or some of
-            another shape; or its streams were made on another base model, and then both are named. Nothing is changed
-            then.
+        InputError: `name` is taken; a LoRA of `peft` is on the model; `source` is incomplete or corrupt, lacks stream
+            tensors, has others or some of another shape; or its streams were made on another base model, and then both
+            are named. Nothing is changed then.
     """
     manifest, found = _read(source, revision)
     if not isinstance(model, StreamsForCausalLM):
         check_model(model)
-    elif name in (held := _adapters(model)):
+    _check_unwrapped(model)
+    if isinstance(model, StreamsForCausalLM) and name in (held := _adapters(model)):
         raise InputError(f"name={name!r} is taken; this model holds {sorted(held)}, give another")
     _check_base(model, manifest, source)
     entries = {key: manifest["config"].get(key) for key in _ENTRIES}
     check_shapes(_expected(model, entries, source), {key: tensor.shape for key, tensor in found.items()}, source)
     _check_attention(model, entries)
-    adapter = Adapter(entries, {key: nn.Parameter(tensor) for key, tensor in found.items()})
+    adapter = Adapter(entries, {key: nn.Parameter(tensor.to(model.dtype)) for key, tensor in found.items()})
     if not isinstance(model, StreamsForCausalLM):
         config_class, model_class = register_family(model.config.model_type)
         own_config(model).__class__ = config_class
@@ -114,8 +117,9 @@ def use_streams(model: PreTrainedModel, name: str | None) -> None:
     Training goes to the streams in use; the others wait unchanged. A KV cache belongs to the streams that filled it.
 
     Raises:
-        InputError: nothing was loaded under that name.
+        InputError: nothing was loaded under that name, or a LoRA of `peft` is on the model.
     """
+    _check_unwrapped(model)
     held = _adapters(model) if isinstance(model, StreamsForCausalLM) else {}
     if name is not None and name not in held:
         raise InputError(f"name={name!r} is not among the streams that this model holds: {sorted(held)}")
@@ -149,6 +153,15 @@ def base_identity(model: PreTrainedModel) -> dict[str, Any]:
         "shapes": shapes.hexdigest(),
         "values": {str(dtype).removeprefix("torch."): digest.hexdigest() for dtype, digest in hashes.items()},
     }
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    """Modules that `peft` wraps have other names, and so have the stream tensors on them."""
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise InputError(
+            f"{type(model).__name__} has a LoRA of peft on it, which renames its modules: take the LoRA off first, "
+            "with merge_and_unload() or unload()"
+        )
 
 
 def _check_base(model: PreTrainedModel, manifest: Mapping[str, Any], source: object) -> None:
@@ -225,7 +238,7 @@ def _install(model: Any, adapter: Adapter) -> None:
     give_streams(model)
     for name, place in stream_tensors(model).items():
         parameter = adapter.tensors[name]
-        parameter.data = parameter.data.to(device=place.device, dtype=place.dtype)
+        parameter.data = parameter.data.to(place.device)  # not the dtype: float32 streams train over a bfloat16 base
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, parameter)
     implementation = model.config._attn_implementation.removeprefix(TAG)

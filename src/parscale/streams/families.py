@@ -2,12 +2,13 @@
 
 Importing this file registers the families of the contract suite with transformers' Auto classes, so a saved model loads
 with `AutoModelForCausalLM.from_pretrained` and nothing but `import parscale`. A class is made once and lives in this
-module, where pickle finds it.
+module, where pickle finds it, or has it made.
 """
 
 import copy
 from typing import Any
 
+import transformers
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -165,6 +166,17 @@ def _backbone_class(plain: type[PreTrainedModel], config_class: type[PreTrainedC
 def _publish(made: type) -> Any:
     globals()[made.__name__] = made
     return made
+
+
+def __getattr__(name: str) -> Any:
+    """A class that is asked for by its name before its family is registered, as pickle does in another process."""
+    stem, found, _ = name.partition("ParScale")
+    plain_config = getattr(transformers, f"{stem}Config", None) if found else None
+    if plain_config is not None:
+        register_family(plain_config.model_type)
+    if name in globals():
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 for _family in REGISTERED:

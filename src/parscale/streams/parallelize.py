@@ -59,17 +59,21 @@ def parallelize(
     Raises:
         InputError: the model cannot have streams: encoder-decoders, models without the attention interface (bloom,
             gptj, falcon, opt), models already parallelized, wrapped models, and attention implementations that cannot
-            carry a prefix. The model is then as it was.
+            carry a prefix; or `calibration` is not of that shape, or a single token. The model is then as it was.
     """
     config = config or StreamsConfig()
     implementation = check_model(model)
+    if calibration is not None and (calibration.ndim != 2 or calibration.numel() < 2):
+        raise InputError(
+            f"calibration of shape {tuple(calibration.shape)} is not accepted; give token ids (B, T), at least two"
+        )
     ids = random_tokens(model) if calibration is None else calibration.to(model.device)
     recorded = record_attention(model, implementation, ids)
     if config.kv == "shared":
         kv.check(model, recorded)
     diversifiers = protocol.chosen(config)
     for diversifier in diversifiers:
-        diversifier.check(model, recorded)
+        diversifier.check(model, recorded, config)
     if calibration is None and config.prefix_init == "near_identity":
         recorded = record_attention(model, implementation, own_text(model))
     config_class, model_class = register_family(model.config.model_type)

@@ -10,9 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import initialization
 
+from parscale.config import StreamsConfig
+from parscale.errors import InputError, first_line
 from parscale.streams.attention import StreamState
-from parscale.streams.diversify.calibration import Calibration
+from parscale.streams.diversify.calibration import Calibration, evaluating
 from parscale.streams.order import split
+
+TOLERANCE = 0.05
+"""Mean difference of the logits from the plain model's, in their standard deviations: far above rounding."""
 
 
 def add(embeddings: Float[Tensor, "pb t d"], vectors: Float[Tensor, "p d"]) -> Float[Tensor, "pb t d"]:
@@ -20,8 +25,27 @@ def add(embeddings: Float[Tensor, "pb t d"], vectors: Float[Tensor, "p d"]) -> F
     return (split(embeddings, len(vectors)) + vectors[:, None, None].to(embeddings.dtype)).flatten(0, 1)
 
 
-def check(model: Any, calibration: Calibration) -> None:
-    """Every model has token embeddings."""
+@torch.no_grad()
+def check(model: Any, calibration: Calibration, config: StreamsConfig) -> None:
+    """Token embeddings have to tell the model all. Some families look token ids up once more, in every layer, and find
+    them out from embeddings that have no vector added, if at all.
+    """
+    embeds = model.get_input_embeddings()(calibration.ids).clone()
+    embeds[:, -1] += embeds.std()  # as a stream's vector would; the tokens before do not see it
+    try:
+        with evaluating(model):
+            logits = model(inputs_embeds=embeds, use_cache=False).logits
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        reason = first_line(error)
+    else:
+        expected = calibration.logits[:, :-1].float()
+        if not (logits[:, :-1].float() - expected).abs().mean() > TOLERANCE * expected.std():
+            return
+        reason = "it then predicts something else"
+    raise InputError(
+        f"{type(model).__name__} does not run on embeddings with a vector added, so 'embedding' cannot be in "
+        f"diversify; use 'prefix' or 'lora' ({reason})"
+    )
 
 
 def attach(model: Any, state: StreamState) -> None:

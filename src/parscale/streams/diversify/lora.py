@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import initialization
 
+from parscale.config import StreamsConfig
 from parscale.streams.attention import StreamState
 from parscale.streams.diversify import projections
 from parscale.streams.diversify.calibration import Calibration
@@ -31,7 +32,7 @@ def add_update(
     return added.view(output.shape)
 
 
-def check(model: Any, calibration: Calibration) -> None:
+def check(model: Any, calibration: Calibration, config: StreamsConfig) -> None:
     """The model needs projections of the hidden state."""
     projections.find(model)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization
 
-from parscale.config import PREFIX_SHAPES
+from parscale.config import PREFIX_SHAPES, StreamsConfig
 from parscale.errors import InputError
 from parscale.streams.attention import StreamState
 from parscale.streams.diversify.calibration import Calibration, LayerStatistics, evaluating
@@ -66,12 +66,19 @@ def _checked(listed: Any, model: Any) -> dict[str, Shape]:
     )
 
 
-def check(model: Any, calibration: Calibration) -> None:
-    """The model's attention has to go through transformers' attention interface."""
+def check(model: Any, calibration: Calibration, config: StreamsConfig) -> None:
+    """The model's attention has to go through transformers' attention interface; and prefixes at right angles need room
+    for as many directions."""
     if not calibration.layers:
         raise InputError(
             f"{type(model).__name__}: its attention layers do not go through transformers' AttentionInterface, so they "
             "cannot carry a prefix; use a family that does (llama, qwen2, qwen3, mistral, phi3, gemma, gpt2, ...)"
+        )
+    room = config.prefix_tokens * min(min(layer.shape[1:]) for layer in calibration.layers.values())
+    if config.prefix_init == "orthogonal" and config.prefixes > room:
+        raise InputError(
+            f"prefix_init='orthogonal' with streams={config.streams} and prefix_tokens={config.prefix_tokens}: in a "
+            f"head of {type(model).__name__} only {room} are at right angles; give more tokens, or another prefix_init"
         )
 
 
@@ -147,7 +154,7 @@ def init_orthogonal(module: Any, statistics: LayerStatistics) -> None:
     for bank, mean in ((module.prefix_k, statistics.key_mean), (module.prefix_v, statistics.value_mean)):
         mean = mean[:, None].to(bank)
         deviation = (bank - mean).transpose(0, 1).flatten(2).float()  # (Hk, P, n·D)
-        directions = torch.linalg.qr(deviation.mT).Q.mT  # (Hk, P, n·D); needs P <= n·D
+        directions = torch.linalg.qr(deviation.mT).Q.mT  # (Hk, P, n·D); P <= n·D, as `check` has seen to
         turned = directions * deviation.norm(dim=-1, keepdim=True)
         bank.copy_(turned.transpose(0, 1).view(bank.shape).to(bank) + mean)
 

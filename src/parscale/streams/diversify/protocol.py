@@ -18,8 +18,8 @@ class Diversifier(Protocol):
     """
 
     @staticmethod
-    def check(model: Any, calibration: Calibration) -> None:
-        """Refuse, before anything is changed, a model that cannot carry it.
+    def check(model: Any, calibration: Calibration, config: StreamsConfig) -> None:
+        """Refuse, before anything is changed, a model that cannot carry it, or a start that it cannot have there.
 
         Raises:
             InputError: says why.

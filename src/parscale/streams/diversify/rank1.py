@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import initialization
 
+from parscale.config import StreamsConfig
 from parscale.streams.attention import StreamState
 from parscale.streams.diversify import projections
 from parscale.streams.diversify.calibration import Calibration
@@ -27,7 +28,7 @@ def scale(x: Float[Tensor, "pb ... d"], scales: Float[Tensor, "p d"]) -> Float[T
     return (by_stream * factors).flatten(0, 1)
 
 
-def check(model: Any, calibration: Calibration) -> None:
+def check(model: Any, calibration: Calibration, config: StreamsConfig) -> None:
     """The model needs projections of the hidden state."""
     projections.find(model)
 
