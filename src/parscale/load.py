@@ -65,6 +65,11 @@ def load_tokenizer(name: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
+def on_accelerator(model: Any) -> Any:
+    """The model, moved to the GPU or its like where this machine has one."""
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+
+
 @contextmanager
 def _told_in_one_line(kind: str, name: str | Path) -> Iterator[None]:
     try:

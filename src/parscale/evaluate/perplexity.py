@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from parscale.errors import InputError
-from parscale.load import load_model, load_tokenizer
+from parscale.load import load_model, load_tokenizer, on_accelerator
 from parscale.output import print_json, print_table
 from parscale.probe import token_losses
 from parscale.streams.backbone import has_streams
@@ -92,9 +92,7 @@ def ready_model(name: str, streams: int | None) -> tuple[Any, Any]:
     Raises:
         InputError: it cannot be loaded, or does not have so many streams.
     """
-    model, tokenizer = load_model(name), load_tokenizer(name)
-    if torch.accelerator.is_available():
-        model.to(torch.accelerator.current_accelerator())
+    model, tokenizer = on_accelerator(load_model(name)), load_tokenizer(name)
     if streams is not None:
         if not has_streams(model):
             raise InputError(f"streams={streams}: {name} has no streams")

@@ -14,7 +14,7 @@ from rich.console import Console
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.evaluate.perplexity import DocumentLosses, bootstrap_of_documents, document_losses
-from parscale.load import load_model, load_tokenizer
+from parscale.load import load_model, load_tokenizer, on_accelerator
 from parscale.output import print_json, print_table, write_text
 from parscale.streams.parallelize import parallelize
 from parscale.train.config import TrainConfig
@@ -217,7 +217,7 @@ def _seconds_of_a_step(name: str, text: PackedText, streams: StreamsConfig, batc
     """The quicker of two forward and backward passes."""
     model = load_model(name)
     check_context(model, text.block_size, name)
-    model = parallelize(_on_device(model), streams)
+    model = parallelize(on_accelerator(model), streams)
     freeze_backbone(model, "frozen")
     ids = sample(text.train, batch_size).to(model.device)
     seconds = []
@@ -233,7 +233,7 @@ def _seconds_of_a_step(name: str, text: PackedText, streams: StreamsConfig, batc
 def _held_out(model: Any, tokenizer: Any, documents: Sequence[Any], block_size: int) -> DocumentLosses:
     each = HELD_OUT_TOKENS // min(len(documents), HELD_OUT_DOCUMENTS)
     options = {"block_size": block_size, "tokens": HELD_OUT_TOKENS, "each": each}
-    return document_losses(_on_device(model), tokenizer, documents, **options)
+    return document_losses(on_accelerator(model), tokenizer, documents, **options)
 
 
 def _row(
@@ -281,10 +281,6 @@ def _projection(name: str) -> dict[str, Any]:
     law = law_of("stack")
     gains = {f"P={p}": float(law.predict(params, 1) - law.predict(params, p)) for p in STREAMS}
     return {"params": params, "gains": gains, "extrapolated": bool(params < law.runs.params.min())}
-
-
-def _on_device(model: Any) -> Any:
-    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 
 def _print(record: Mapping[str, Any], as_json: bool) -> None:

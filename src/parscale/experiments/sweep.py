@@ -28,7 +28,7 @@ from parscale.experiments.demo import machine
 from parscale.experiments.measure import measure
 from parscale.experiments.runs import SCALES, Run
 from parscale.experiments.shapes import source_of
-from parscale.load import load_model
+from parscale.load import load_model, on_accelerator
 from parscale.train.checkpoints import read_json
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, load_text, sample
@@ -207,8 +207,8 @@ def _is_of_text(row: Mapping[str, Any], task: Task, known: dict[Any, str]) -> bo
 
 def _row(task: Task, result: TrainResult, text: PackedText) -> dict[str, Any]:
     run = task.run
-    model = _on_device(load_model(task.folder))
-    control = _on_device(load_model(task.needs()[-1].folder)) if run.control is not None else None
+    model = on_accelerator(load_model(task.folder))
+    control = on_accelerator(load_model(task.needs()[-1].folder)) if run.control is not None else None
     ids = sample(text.validation, SCALES[task.scale].validation_blocks // 4)
     return {
         "name": run.name,
@@ -255,10 +255,6 @@ def _text_of(task: Task) -> PackedText:
 @lru_cache(maxsize=8)
 def _text(source: tuple[str, ...], vocab_size: int, block_size: int, cap: int) -> PackedText:
     return load_text(list(source), vocab_size=vocab_size, block_size=block_size, max_train_tokens=cap)
-
-
-def _on_device(model: Any) -> Any:
-    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
 
 
 def _check_corpora(tasks: Any) -> None:
