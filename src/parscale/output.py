@@ -18,9 +18,14 @@ def write_text(path: Path, text: str) -> Path:
         scratch.unlink(missing_ok=True)
 
 
-def print_json(value: Any) -> None:
+def json_text(value: Any) -> str:
     """`value` as indented JSON. NaN and infinities, which JSON has not, become null."""
-    print(json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False))
+    return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def print_json(value: Any) -> None:
+    """`value` as `json_text` has it."""
+    print(json_text(value))
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:

@@ -5,7 +5,6 @@ streams' prefix (the control), P=1 with as many LoRA parameters as the most stre
 P=2 and P=4. Knows the demo's settings for each kind of machine.
 """
 
-import json
 import platform
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from parscale.errors import InputError
 from parscale.experiments.report import write_demo_report
 from parscale.generate import complete
 from parscale.load import load_model, load_tokenizer
-from parscale.output import write_text
+from parscale.output import json_text, write_text
 from parscale.probe import StreamProbe, probe_streams
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import STDLIB
@@ -159,7 +158,7 @@ def run_demo(
         "seconds": round(time.monotonic() - started, 1),
         "machine": machine(),
     }
-    write_text(output / "demo.json", json.dumps(record, indent=1))
+    write_text(output / "demo.json", json_text(record))
     write_text(output / "report.html", write_demo_report(record))
     told = f"{record['seconds']:.0f} s. Numbers: {output / 'demo.json'}; report: {output / 'report.html'}"
     console.print(told, markup=False)

@@ -15,7 +15,7 @@ from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.evaluate.perplexity import DocumentLosses, bootstrap_of_documents, document_losses
 from parscale.load import load_model, load_tokenizer, on_accelerator
-from parscale.output import print_json, print_table, write_text
+from parscale.output import json_text, print_json, print_table, write_text
 from parscale.streams.parallelize import parallelize
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import read_documents, split_documents
@@ -126,7 +126,7 @@ def run_pilot(
         "cost": costs.get("note", "measured here: 64 tokens in, 16 out, batch 1"),
         "verdict": judge(rows, over_lora, len(before.tokens), steps),
     }
-    write_text(out / RECORD, json.dumps(record, indent=1))
+    write_text(out / RECORD, json_text(record))
     _print(record, as_json)
     return record
 

@@ -18,6 +18,7 @@ import torch
 
 from parscale.errors import InputError
 from parscale.export.folded import check_foldable
+from parscale.output import print_json
 
 Engine = Literal["onnx", "openvino"]
 Weights = Literal["float32", "int8", "int4"]
@@ -110,9 +111,7 @@ def choose_streams(model: Any, streams: int) -> None:
 def report_export(exported: Exported, as_json: bool) -> None:
     """Print what `export_model` wrote: what `parscale export` does."""
     if as_json:
-        import json
-
-        print(json.dumps(vars(exported) | {"folder": str(exported.folder)}))
+        print_json(vars(exported) | {"folder": str(exported.folder)})
         return
     print(
         f"{exported.folder}: {exported.engine}, {exported.weights} weights, P={exported.streams}, "
