@@ -140,8 +140,8 @@ def test_theory(sign: int, outcome: str) -> None:
 def test_the_seeds_of_a_run_are_no_runs_of_their_own() -> None:
     """Copies of a point tell nothing new: the interval is that of the points alone."""
     points = np.random.default_rng(0).normal(size=(6, 2))
-    alone = theory._rank_correlation(points, [[i] for i in range(6)])
-    copied = theory._rank_correlation(points.repeat(3, axis=0), [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(6)])
+    alone = theory._rank_correlation(list(points[:, None]))
+    copied = theory._rank_correlation(list(points[:, None].repeat(3, axis=1)))
     assert copied == pytest.approx(alone)
 
 

@@ -29,13 +29,12 @@ from parscale.experiments.measure import measure
 from parscale.experiments.runs import SCALES, Run
 from parscale.experiments.shapes import source_of
 from parscale.load import load_model, on_accelerator
-from parscale.train.checkpoints import read_json
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, load_text, sample
 from parscale.train.faults import catching_sigterm
 from parscale.train.prepare import FORGETTING
 from parscale.train.sft import load_chats
-from parscale.train.trainer import RECORD, TrainResult, finished_run, train
+from parscale.train.trainer import TrainResult, finished_run, train
 
 Corpora = Mapping[str, tuple[str, ...]]
 FIXED: dict[str, Any] = {"weight_decay": 0.1, "schedule": "wsd", "warmup": 0.05, "gradient_clip": 1.0}
@@ -184,13 +183,15 @@ def perform(task: Task) -> dict[str, Any]:
 def _finished(task: Task, text: PackedText) -> TrainResult | None:
     """What the run gave, if it has ended. Its key tells all that it is but the text behind the name, which may have
     moved, and may have changed."""
-    result = finished_run(task.folder)
-    if result is not None and read_json(task.folder / RECORD)["run"]["text"] != text.fingerprint:
+    record = finished_run(task.folder)
+    if record is None:
+        return None
+    if record["run"]["text"] != text.fingerprint:
         raise InputError(
             f"work={task.work} holds a model of another text called {task.run.corpus!r}, in {task.folder}; give "
             "another work folder, or the text another name"
         )
-    return result
+    return TrainResult(**record["result"])
 
 
 def _is_of_text(row: Mapping[str, Any], task: Task, known: dict[Any, str]) -> bool:

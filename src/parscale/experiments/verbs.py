@@ -89,13 +89,12 @@ def evaluate(
     if sum(map(bool, (data, tasks, code))) > 1:
         raise InputError("data, tasks and code are three evaluations: give one of them")
     kind = "tasks" if tasks else "code" if code else "data"
-    told = {"block_size": block_size, "tokens": tokens, "shots": shots, "limit": limit, "batch_size": batch_size}
-    for name, value in {**told, "options": options}.items():
-        if kind not in _FLAGS_OF[name] and value != signature(evaluate).parameters[name].default:
-            flag = "a flag of code (execute, samples, …)" if name == "options" else f"{name}={value}"
-            raise InputError(
-                f"{flag} says nothing of an evaluation with {kind}; it is of {' and '.join(_FLAGS_OF[name])}"
-            )
+    given: dict[str, object] = {"block_size": block_size, "tokens": tokens, "shots": shots, "limit": limit}
+    given |= {"batch_size": batch_size, "options": options}
+    for name, kinds in _FLAGS_OF.items():
+        if kind not in kinds and given[name] != signature(evaluate).parameters[name].default:
+            flag = "a flag of code (execute, samples, …)" if name == "options" else f"{name}={given[name]}"
+            raise InputError(f"{flag} says nothing of an evaluation with {kind}; it is of {' and '.join(kinds)}")
     if tasks:
         from parscale.evaluate.harness import run_tasks
 

@@ -15,6 +15,7 @@ from parscale.errors import InputError
 from parscale.streams.aggregate import stream_weights
 from parscale.streams.backbone import streams_of
 from parscale.streams.merge import merge
+from parscale.streams.tensors import is_wrapped
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 """Rotary positions, grouped-query attention over all tokens, RMS norms before attention and a gated MLP."""
@@ -168,7 +169,7 @@ def check_foldable(model: Any) -> None:
     packed = any("scales" in key or "packed" in key or "qdata" in key for key in model.state_dict())
     if packed or getattr(model, "is_quantized", False):
         raise InputError(f"{name} holds quantised weights; export the model as it was before, with --weights")
-    if any(hasattr(module, "base_layer") for module in model.modules()):  # what peft wraps; its weight is the base's
+    if is_wrapped(model):
         raise InputError(f"{name} has a LoRA beside its weights; merge it with merge_and_unload() and export that")
     if getattr(model.base_model, "prefix_generator", None) is not None:
         raise InputError(f"{name} still generates its prefixes; save it, load it again and export that")

@@ -26,7 +26,7 @@ from parscale.streams.attention import TAG
 from parscale.streams.backbone import StreamsForCausalLM, check_attention, streams_of
 from parscale.streams.families import SUFFIX, give_streams, own_config, register_family, remove_streams
 from parscale.streams.parallelize import check_model
-from parscale.streams.tensors import belongs_to_streams, check_readable, check_shapes, stream_tensors
+from parscale.streams.tensors import belongs_to_streams, check_readable, check_shapes, is_wrapped, stream_tensors
 
 TENSORS = "streams.safetensors"
 MANIFEST = "streams.json"
@@ -156,8 +156,8 @@ def base_identity(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _check_unwrapped(model: nn.Module) -> None:
-    """Modules that `peft` wraps have other names, and so have the stream tensors on them."""
-    if any(hasattr(module, "base_layer") for module in model.modules()):
+    """Stream tensors are found by their names."""
+    if is_wrapped(model):
         raise InputError(
             f"{type(model).__name__} has a LoRA of peft on it, which renames its modules: take the LoRA off first, "
             "with merge_and_unload() or unload()"

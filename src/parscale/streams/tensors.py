@@ -28,6 +28,11 @@ def stream_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether `peft` has wrapped modules of it: they have other names then, and weights that are the base's alone."""
+    return any(hasattr(module, "base_layer") for module in model.modules())
+
+
 def check_shapes(expected: Mapping[str, Iterable[int]], found: Mapping[str, Iterable[int]], source: object) -> None:
     """Refuse a checkpoint whose stream tensors are not exactly the expected ones.
 

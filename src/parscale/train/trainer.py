@@ -250,7 +250,7 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
     check_launch(config)
     if config.report_to != "none" and find_spec(config.report_to) is None:
         raise InputError(f"report_to={config.report_to!r} needs a package: pip install {config.report_to}")
-    if config.resume and (record := _record(config.output)) is not None:
+    if config.resume and (record := finished_run(config.output)) is not None:
         text, trained = _origin(config, data)
         Checkpoints(config.output, run_of(config, text, base_of(trained))).check_same(record["run"], "the end")
         say(f"{config.output} holds a run that has ended; nothing is left to do")
@@ -441,13 +441,8 @@ def _leaves_unused(config: TrainConfig) -> bool:
     return config.balance.fewer_streams > 0 or config.streams.prefix_init == "reparameterized"
 
 
-def finished_run(output: Path) -> TrainResult | None:
-    """What the run in a folder gave, if it has ended."""
-    record = _record(output)
-    return None if record is None else TrainResult(**record["result"])
-
-
-def _record(output: Path) -> dict[str, Any] | None:
+def finished_run(output: Path) -> dict[str, Any] | None:
+    """The record of the run in a folder, if it has ended: what it gave (`result`, of TrainResult), and was (`run`)."""
     file = output / RECORD
     return read_json(file) if file.is_file() else None
 

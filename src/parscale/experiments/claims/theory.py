@@ -28,35 +28,36 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 def verdict(rows: Sequence[Row]) -> Verdict:
     """The theory leaves [(P−1)ρ+1]/P of the reducible loss, so the gain over the control's loss is at most the rest;
     it holds where the measured gain rises with 1 − [(P−1)ρ+1]/P over all runs."""
-    table, points, counts, runs_of = [], {}, {}, {}
+    table = []
+    seen: dict[
+        str, dict[str, list[tuple[float, ...]]]
+    ] = {}  # text → run → of each seed P, the share that goes, the gain
     for corpus, of in by_corpus(rows).items():
         control = by_seed(of, "control")
         for row in of:
             rho = row["measured"].get("rho")
             if rho is None or row["seed"] not in control:
                 continue
-            runs_of.setdefault(corpus, {}).setdefault(row["name"], []).append(len(points.setdefault(corpus, [])))
-            counts.setdefault(corpus, []).append(row["streams"])
             p = row["streams"]
             left = ((p - 1) * rho + 1) / p
             gain = loss(control[row["seed"]]) - loss(row)
-            points[corpus].append((1 - left, gain))
+            seen.setdefault(corpus, {}).setdefault(row["name"], []).append((p, 1 - left, gain))
             table.append(
                 {"text": corpus, "run": row["name"], "seed": row["seed"], "ρ": rho, "[(P−1)ρ+1]/P": left, "gain": gain}
             )
-    slopes = {
-        corpus: _rank_correlation(np.array(of), list(runs_of[corpus].values()))
-        for corpus, of in points.items()
-        if len(of) >= LEAST
+    by_run = {
+        corpus: [np.array(seeds) for seeds in of.values()]
+        for corpus, of in seen.items()
+        if sum(map(len, of.values())) >= LEAST
     }
-    if not slopes:
+    if not by_run:
         return Verdict("undecided" if table else "not run", f"Fewer than {LEAST} runs with streams on a text.", table)
+    slopes = {corpus: _rank_correlation([run[:, 1:] for run in of]) for corpus, of in by_run.items()}
     said = []
     for corpus, (value, low, high) in slopes.items():
-        gains = [gain for _, gain in points[corpus]]
-        by_p = _spearman(np.array([list(zip(counts[corpus], gains, strict=True))]))[0]
+        by_p = _spearman(np.concatenate(by_run[corpus])[None, :, [0, 2]])[0]
         said.append(f"{corpus}: {value:+.2f} [{low:+.2f}, {high:+.2f}], of P alone and the gain {by_p:+.2f}")
-    few = min(len(seen) for corpus in slopes for seen in runs_of[corpus].values()) < SEEDS
+    few = min(len(run) for of in by_run.values() for run in of) < SEEDS
     outcome: Outcome = "undecided"
     if few:
         said.append(f"fewer than {SEEDS} seeds of a run")
@@ -66,16 +67,17 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         outcome = "not supported"
     reason = "Rank correlation of the predicted share and the gain, over runs: " + "; ".join(said) + "."
     axes = ("share of the reducible loss that goes, by theory", "gain (nats)")
+    points = {corpus: [(x, gain) for of_run in of.values() for _, x, gain in of_run] for corpus, of in seen.items()}
     return Verdict(outcome, reason, table, points, axes, cloud=True)
 
 
-def _rank_correlation(points: np.ndarray, runs: list[list[int]]) -> tuple[float, float, float]:
-    """Spearman's, with a 95 % bootstrap interval. `points` are (rows, 2); `runs` tells which rows are one run's seeds.
-    Runs are drawn with all their seeds, which are no independent points of the theory."""
+def _rank_correlation(runs: Sequence[np.ndarray]) -> tuple[float, float, float]:
+    """Spearman's over the points of all runs, (seeds, 2) each, with a 95 % bootstrap interval. Runs are drawn with all
+    their seeds, which are no independent points of the theory."""
     draws = np.random.default_rng(0).integers(0, len(runs), (RESAMPLES, len(runs)))
-    drawn = np.concatenate([_spearman(points[np.concatenate([runs[i] for i in draw])][None]) for draw in draws])
+    drawn = np.concatenate([_spearman(np.concatenate([runs[i] for i in draw])[None]) for draw in draws])
     low, high = np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])  # a draw of one value has no correlation
-    return float(_spearman(points[None])[0]), float(low), float(high)
+    return float(_spearman(np.concatenate(runs)[None])[0]), float(low), float(high)
 
 
 def _spearman(samples: np.ndarray) -> np.ndarray:
