@@ -29,9 +29,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     """The theory leaves [(P−1)ρ+1]/P of the reducible loss, so the gain over the control's loss is at most the rest;
     it holds where the measured gain rises with 1 − [(P−1)ρ+1]/P over all runs."""
     table = []
-    seen: dict[
-        str, dict[str, list[tuple[float, ...]]]
-    ] = {}  # text → run → of each seed P, the share that goes, the gain
+    # text → run → of each seed: P, the share that goes by theory, the gain
+    seen: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
     for corpus, of in by_corpus(rows).items():
         control = by_seed(of, "control")
         for row in of:
