@@ -340,6 +340,20 @@ def test_diversifiers_holds_a_lora_each_against_the_prefix_alone() -> None:
     assert found.reason.startswith("on code: P=4, prefix+lora over the prefix alone +0.09")
 
 
+def test_rates_near_the_chosen_ones_must_keep_half_of_the_gain_over_controls_of_their_own() -> None:
+    of = {"streams": 4, "measured": {"weights": [0.3, 0.3, 0.2, 0.2]}}
+    rows = seeds("control", *CONTROL) + seeds("control, streams at 2", 2.0, 2.1, 2.2)
+    rows += seeds("head at 0.1", 2.9, 3.0, 3.1, **of) + seeds("head at 0.3", 2.93, 3.03, 3.13, **of)
+    assert verdict("rates", rows).outcome == "supported"
+    far = rows + seeds("head at 1", 3.0, 3.1, 3.2, **of)
+    assert verdict("rates", far).outcome == "supported", "too far from the chosen one to count"
+    lost = rows + seeds("head at 0.03", 2.96, 3.06, 3.16, **of)
+    assert verdict("rates", lost).outcome == "undecided", "one part says no"
+    lost = rows + seeds("streams at 2", 1.98, 2.08, 2.18, **of)
+    assert verdict("rates", lost).outcome == "undecided", "lower than any, but hardly lower than its own control"
+    assert verdict("rates", rows[:6]).outcome == "not run"
+
+
 def test_sft() -> None:
     rows = seeds("control", *CONTROL) + seeds("P=2", 3.1, 3.2, 3.3)
     assert verdict("sft", rows).outcome == "not supported"

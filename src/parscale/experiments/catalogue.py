@@ -15,6 +15,7 @@ from parscale.experiments.claims import (
     many_streams,
     moe,
     prefix,
+    rates,
     sft,
     sharing,
     smoothing,
@@ -24,7 +25,7 @@ from parscale.experiments.claims import (
 
 MODULES = (
     baseline, aggregation, efficiency, law, many_streams, data, split, moe, smoothing, domains, prefix, dynamic, sft,
-    theory, sharing, balance, diversifiers,
+    theory, sharing, balance, diversifiers, rates,
 )  # fmt: skip
 CLAIMS: dict[str, Claim] = {module.CLAIM.name: module.CLAIM for module in MODULES}
 
