@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from parscale.errors import InputError, first_line
 from parscale.streams.backbone import has_streams
-from parscale.streams.checkpoint import DEFAULT, MANIFEST, load_streams
+from parscale.streams.checkpoint import DEFAULT, MANIFEST, TENSORS, load_streams
 from parscale.streams.families import SUFFIX, register_family
 from parscale.streams.tensors import check_readable
 
@@ -21,8 +23,13 @@ LORA = "adapter_config.json"
 """What `peft` calls the settings of a LoRA in its folder."""
 LORA_TENSORS = "adapter_model.safetensors"
 """What `peft` calls the tensors of a LoRA in its folder."""
+RECORD = "train.json"
+"""What a training was told and gave; a folder that has it holds a whole model."""
 _AS_WRITTEN = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes of tokenizers that are all in their tokenizer.json."""
+TOKENIZER = "tokenizer_config.json"
+_FETCHED = ["config.json", MANIFEST, TENSORS, LORA, LORA_TENSORS, RECORD, "*token*", "*.model", "vocab*", "merges.txt"]
+"""Of a repository with adapters: the tokenizer too, and no pickle."""
 TRAINED = "trained"
 """What streams of a folder are called on a base that came with streams of its own."""
 
@@ -30,16 +37,16 @@ TRAINED = "trained"
 def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> Any:
     """`AutoModelForCausalLM.from_pretrained`, safetensors only and no remote code, for streams on any family.
 
-    A folder of adapters is loaded onto the base that it names: a LoRA of `peft` is merged into its weights, or put on
-    where they are quantised, and the streams beside it are put on. `quantize` holds the backbone in "int8" or "int4":
-    by torchao on a CPU, by bitsandbytes on a GPU.
+    Adapters, in a folder or on the hub, are loaded onto the base that they name: a LoRA of `peft` is merged into its
+    weights, or put on where they are quantised, and the streams beside it are put on. `quantize` holds the backbone in
+    "int8" or "int4": by torchao on a CPU, by bitsandbytes on a GPU.
 
     Raises:
         InputError: no such folder or hub name, a config that no model understands, a damaged checkpoint, a LoRA that is
             not whole, adapters of a base in other bits, or a package that this takes is not there.
     """
-    folder = Path(name)
     with _told_in_one_line("model", name):
+        folder = _folder(name)
         if (folder / LORA).exists():
             _check_lora(folder)
         if _holds_adapters(folder):
@@ -54,12 +61,16 @@ def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> A
 
 def load_tokenizer(name: str | Path) -> Any:
     """`AutoTokenizer.from_pretrained` without remote code, and with what the folder's tokenizer.json says: for some
-    families, qwen2 among them, transformers puts the family's own splitting of words in its place.
+    families, qwen2 among them, transformers puts the family's own splitting of words in its place. Adapters that have
+    none have their base's.
 
     Raises:
         InputError: the folder or hub name has no tokenizer, or a damaged one.
     """
     with _told_in_one_line("tokenizer", name):
+        folder = _folder(name)
+        if _holds_adapters(folder) and not (folder / TOKENIZER).exists():
+            return load_tokenizer(_base(folder))
         if get_tokenizer_config(name).get("tokenizer_class") in _AS_WRITTEN:
             return PreTrainedTokenizerFast.from_pretrained(name)
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -92,6 +103,18 @@ def _reason(error: Exception) -> str:
     return " ".join(map(str.strip, str(error).strip().splitlines()[:2]))  # a heading and what stands under it
 
 
+def _folder(name: str | Path) -> Path:
+    """Where the adapters of a repository on the hub lie here once they are fetched; else the name itself."""
+    if not Path(name).exists():
+        for file in (MANIFEST, LORA):
+            try:
+                hf_hub_download(str(name), file)
+            except (OSError, ValueError, HfHubHTTPError):  # none there; transformers tells of a name that is no model
+                continue
+            return Path(snapshot_download(str(name), allow_patterns=_FETCHED))
+    return Path(name)
+
+
 def _holds_adapters(folder: Path) -> bool:
     return not (folder / "config.json").exists() and any((folder / file).exists() for file in (MANIFEST, LORA))
 
@@ -106,25 +129,39 @@ def _check_lora(folder: Path) -> None:
     check_readable([folder / LORA_TENSORS])
 
 
-def _load_adapters(folder: Path, asked: str, options: dict[str, Any]) -> Any:
+def _base(folder: Path) -> str:
+    """The model that the adapters in a folder are for."""
+    with _read_of(folder):
+        if (folder / MANIFEST).exists():
+            base = json.loads((folder / MANIFEST).read_text())["base"]["name"]
+        else:
+            base = json.loads((folder / LORA).read_text())["base_model_name_or_path"]
+    if not isinstance(base, str) or _holds_adapters(_folder(base)):
+        raise InputError(f"model {str(folder)!r}: its base {base!r} is not a model")
+    return base
+
+
+@contextmanager
+def _read_of(folder: Path) -> Iterator[None]:
     try:
-        facts = {file: json.loads((folder / file).read_text()) for file in (MANIFEST, LORA) if (folder / file).exists()}
-        base = facts[MANIFEST]["base"]["name"] if MANIFEST in facts else facts[LORA]["base_model_name_or_path"]
-        record = folder / "train.json"
-        quantize = json.loads(record.read_text())["config"]["quantize"] if record.exists() else "none"
+        yield
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"model {str(folder)!r}: its adapters' files cannot be read ({first_line(error)})") from None
+
+
+def _load_adapters(folder: Path, asked: str, options: dict[str, Any]) -> Any:
+    base, record = _base(folder), folder / RECORD
+    with _read_of(folder):
+        quantize = json.loads(record.read_text())["config"]["quantize"] if record.exists() else "none"
     if asked not in ("none", quantize):
         raise InputError(
             f"quantize={asked!r} with model {str(folder)!r}: its base was in {quantize!r} in training; leave "
             "quantize out, or give the same"
         )
-    if not isinstance(base, str) or _holds_adapters(Path(base)):
-        raise InputError(f"model {str(folder)!r}: its base {base!r} is not a model")
     model = load_model(base, quantize=quantize, **options)
-    if MANIFEST in facts:
+    if (folder / MANIFEST).exists():
         model = load_streams(model, folder, TRAINED if has_streams(model) else DEFAULT)
-    if LORA in facts:
+    if (folder / LORA).exists():
         adapted = _put_on_lora(model, folder)
         # a merge into few bits would round most of the LoRA away
         model = adapted.merge_and_unload() if quantize == "none" else adapted.get_base_model()

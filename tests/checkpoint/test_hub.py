@@ -1,5 +1,7 @@
 """The hub: what is uploaded, what the card says, adapters by a repository's name. Nothing leaves the machine."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +9,20 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import parscale
 from parscale import InputError
+from parscale.load import load_model, load_tokenizer
 from parscale.streams import hub
 from tests.small import build, with_streams
 
 FACTS = {"base": "someone/base", "tokens": 20_000_000, "loss": 2.5, "control_loss": 2.5625}
+
+
+WORDS = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"def": 0, "?": 1}, unk_token="?")))
 
 
 class Repository:
@@ -99,21 +106,34 @@ def test_a_model_without_streams_is_not_pushed(repository: Repository) -> None:
     assert not repository.made
 
 
+COMMIT = "0" * 40
+
+
 @pytest.fixture
-def downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A repository in the hub's cache folder, as a download leaves it."""
-    commit = "0" * 40
-    repository = tmp_path / "models--someone--wide"
-    parscale.save_streams(with_streams(build()), repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Gives the folder of a repository in the hub's cache, as a download leaves it."""
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    def folder(name: str) -> Path:
+        repository = cache / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(COMMIT)
+        (repository / "snapshots" / COMMIT).mkdir(parents=True)
+        return repository / "snapshots" / COMMIT
+
+    return folder
+
+
+@pytest.fixture
+def downloaded(hub_cache: Callable[[str], Path]) -> str:
+    parscale.save_streams(with_streams(build()), hub_cache("someone/wide"))
     return "someone/wide"
 
 
 def test_an_adapter_by_its_name(downloaded: str, ids: Tensor) -> None:
-    for revision in (None, "main", "0" * 40):
+    for revision in (None, "main", COMMIT):
         model = parscale.load_streams(build(), downloaded, revision=revision)
         assert torch.equal(model(ids).logits, with_streams(build())(ids).logits)
 
@@ -123,3 +143,33 @@ def test_a_name_that_is_not_there(downloaded: str, name: str) -> None:
     with pytest.raises(InputError, match=name) as refused:
         parscale.load_streams(build(), name)
     assert "\n" not in str(refused.value)
+
+
+def test_a_model_by_the_name_of_its_adapters(hub_cache: Callable[[str], Path], tmp_path: Path, ids: Tensor) -> None:
+    base = build()
+    base.save_pretrained(tmp_path / "base")
+    WORDS.save_pretrained(tmp_path / "base")
+    streams = with_streams(load_model(tmp_path / "base"))
+    parscale.save_streams(streams, hub_cache("someone/wide"))
+    assert torch.equal(load_model("someone/wide")(ids).logits, streams(ids).logits)
+    assert load_tokenizer("someone/wide").get_vocab() == WORDS.get_vocab(), "its base's"
+
+
+def test_adapters_whose_base_is_themselves(hub_cache: Callable[[str], Path]) -> None:
+    (hub_cache("someone/ring") / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "someone/ring", "peft_type": "LORA"})
+    )
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(InputError, match=r"someone.*ring"):
+            load("someone/ring")
+
+
+def test_a_pickle_on_the_hub_is_not_read(hub_cache: Callable[[str], Path], tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path / "base")
+    folder = hub_cache("someone/old")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "base"), "peft_type": "LORA"})
+    )
+    (folder / "adapter_model.bin").write_bytes(b"pickled")
+    with pytest.raises(InputError, match=r"has no adapter_model\.safetensors"):
+        load_model("someone/old")

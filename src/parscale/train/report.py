@@ -12,11 +12,12 @@ from transformers import AutoConfig
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError, first_line
+from parscale.load import RECORD
 from parscale.output import print_table, write_text
 from parscale.train.config import TrainConfig
 from parscale.train.parallel import is_first_process
 from parscale.train.prepare import prepare
-from parscale.train.trainer import RECORD, TrainResult, check_output, train
+from parscale.train.trainer import TrainResult, check_output, train
 
 CONTROL = "control"
 """The control's folder inside the run's own, and its key in `train.json`."""

@@ -27,6 +27,7 @@ from transformers import (
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError, first_line
+from parscale.load import RECORD
 from parscale.probe import StreamProbe
 from parscale.streams.backbone import has_streams, streams_of
 from parscale.train.balance import StreamBalance
@@ -55,8 +56,6 @@ from parscale.train.sft import sft_arguments, sft_trainer
 from parscale.train.stages import Rates, count_stream_parameters, hold_backbone, parameter_groups, schedule
 from parscale.train.watch import StreamWatch, as_logs, say
 
-RECORD = "train.json"
-"""What a run was told and gave; a folder that has it holds a whole model."""
 LOGS = "runs"
 """Where TensorBoard's event files stand in the output folder."""
 
