@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from parscale.config import StreamsConfig
 from parscale.errors import InputError, first_line
 from parscale.streams.backbone import has_streams
 from parscale.streams.checkpoint import DEFAULT, MANIFEST, TENSORS, load_streams
@@ -57,6 +58,22 @@ def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> A
         return AutoModelForCausalLM.from_pretrained(
             name, use_safetensors=True, trust_remote_code=False, **options | _quantization(quantize)
         )
+
+
+def comes_with_streams(name: str | Path) -> bool:
+    """Whether a model has streams, by its settings alone.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    with _told_in_one_line("model", name):
+        folder = _folder(name)
+        if (folder / MANIFEST).exists():
+            return True
+        if _holds_adapters(folder):
+            return comes_with_streams(_base(folder))
+        entries = PreTrainedConfig.get_config_dict(name)[0]
+        return "parscale_n" in entries and not StreamsConfig.from_json(entries).is_plain
 
 
 def load_tokenizer(name: str | Path) -> Any:

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from parscale import InputError
-from parscale.load import load_model, load_tokenizer
-from tests.small import build
+from parscale import InputError, StreamsConfig, parallelize, save_streams
+from parscale.load import comes_with_streams, load_model, load_tokenizer
+from tests.small import build, with_streams
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning"
@@ -120,3 +120,17 @@ def test_a_tokenizer_that_is_none(file: str, content: str, tmp_path: Path) -> No
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (tmp_path / file).write_text(content)
     assert "cannot be loaded" in refusal(load_tokenizer, tmp_path)
+
+
+def test_whether_a_model_comes_with_streams(lora: Path, tmp_path: Path) -> None:
+    assert not comes_with_streams(tmp_path / "base")
+    assert not comes_with_streams(lora)
+    parallelize(build(), StreamsConfig(1, 0)).save_pretrained(tmp_path / "none")
+    assert not comes_with_streams(tmp_path / "none")
+    with_streams(build()).save_pretrained(tmp_path / "whole")
+    save_streams(with_streams(load_model(tmp_path / "base")), tmp_path / "adapter")
+    assert comes_with_streams(tmp_path / "whole")
+    assert comes_with_streams(tmp_path / "adapter")
+    settings(lora, base_model_name_or_path=str(tmp_path / "whole"))
+    assert comes_with_streams(lora), "its base does"
+    assert "no such folder here" in refusal(comes_with_streams, tmp_path / "absent")

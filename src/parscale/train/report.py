@@ -8,11 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from parscale.config import StreamsConfig
-from parscale.errors import InputError, first_line
-from parscale.load import RECORD
+from parscale.errors import InputError
+from parscale.load import RECORD, comes_with_streams
 from parscale.output import print_table, write_text
 from parscale.train.config import TrainConfig
 from parscale.train.parallel import is_first_process
@@ -83,21 +81,11 @@ def print_report(result: TrainResult, control: TrainResult | None) -> None:
 def _check_control(config: TrainConfig) -> None:
     if config.streams.streams == 1:
         raise InputError("control with streams=1: one stream with a prefix is the control itself; leave control out")
-    if config.stage != "pretrain" and _has_streams(config.model):
+    if config.stage != "pretrain" and comes_with_streams(config.model):
         raise InputError(
             f"control with model={config.model!r}, which has streams already: its control started where they were "
             "added; train that one on with the same settings, and compare"
         )
-
-
-def _has_streams(model: str) -> bool:
-    if (Path(model) / "streams.json").exists():
-        return True
-    try:
-        entries = vars(AutoConfig.from_pretrained(model, trust_remote_code=False))
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {model!r} cannot be loaded: {first_line(error)}") from None
-    return "parscale_n" in entries and not StreamsConfig.from_json(entries).is_plain
 
 
 def _complete(path: Path, result: TrainResult, control: TrainResult) -> None:
