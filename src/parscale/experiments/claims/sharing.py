@@ -30,8 +30,8 @@ SIZES = 4
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
-    """Own keys and values and shared ones: from scratch at every P, and at P = 4 for other sizes and on a trained
-    model; and with another remedy or none."""
+    """Own keys and values and shared ones: from scratch and on a trained model at every P, and at P = 4 for other sizes;
+    and with another remedy or none."""
     found = []
     for corpus in corpora:
         control = scale.run("pretrain, control", corpus, scale.prefix(1))
@@ -46,7 +46,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         } | {stage: {"stage": stage, "start": base} for stage in SECOND}
         for place, more in places.items():
             control = scale.run(f"{place}, control", corpus, scale.prefix(1), **more)
-            streamed = _both(scale, place, corpus, (P_ELSEWHERE,), **more)
+            streamed = _both(scale, place, corpus, scale.streams if place in SECOND else (P_ELSEWHERE,), **more)
             if place in SECOND:
                 streamed += _both(scale, place, corpus, (P_ELSEWHERE,), "slow head", **SLOW, **more)
             found += against(control, streamed)
