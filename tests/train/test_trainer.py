@@ -197,3 +197,15 @@ def test_half_a_model_that_a_kill_left_is_no_obstacle(tmp_path: Path) -> None:
     (partial / "model.safetensors").write_bytes(b"half")
     check_output(tmp_path / "out")
     assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "rate", "said"), [("retrofit", 0.1, True), ("retrofit", 3e-3, False), ("frozen", 0.1, False)]
+)
+def test_a_rate_that_would_ruin_a_model_is_told(
+    stage: str, rate: float, said: bool, base: Path, text: PackedText, tmp_path: Path, capsys: Any
+) -> None:
+    """The model is 64 wide; a frozen one has nothing to ruin."""
+    train(run(stage, tmp_path / "out", model=str(base), streams=STREAMS, tokens=256, learning_rate=rate), data=text)
+    line = "learning_rate=0.1 is high for a model 64 wide: from scratch about 0.01 does best"
+    assert (line in capsys.readouterr().err) == said

@@ -16,6 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from parscale.errors import InputError
 from parscale.streams.tensors import belongs_to_streams
 from parscale.train.config import Rates, Stage, TrainConfig
+from parscale.train.watch import say
+
+_BEST = 0.64
+"""Rate times width that did best on the smallest models (LOG.md)."""
+_HIGH = 3 * _BEST
 
 
 def is_diversifier(name: str) -> bool:
@@ -66,6 +71,16 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
             "stage trains, nothing would change; give a rate above 0"
         )
     return groups
+
+
+def warn_of_rate(learning_rate: float, width: int) -> None:
+    """Say so where a rate would ruin a model so many channels wide: Adam's best rate falls about as one over the width
+    (arXiv 2203.03466, table 3)."""
+    if learning_rate * width > _HIGH:
+        say(
+            f"learning_rate={learning_rate:g} is high for a model {width} wide: from scratch about {_BEST / width:.1g} "
+            "does best, and a trained model takes less, or is ruined (docs/train.md, Rates)"
+        )
 
 
 def schedule(config: TrainConfig, steps: int) -> dict[str, Any]:

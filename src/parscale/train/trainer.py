@@ -53,7 +53,14 @@ from parscale.train.prepare import prepare
 from parscale.train.progress import ProgressBar
 from parscale.train.separate import check_separate, collator
 from parscale.train.sft import sft_arguments, sft_trainer
-from parscale.train.stages import Rates, count_stream_parameters, hold_backbone, parameter_groups, schedule
+from parscale.train.stages import (
+    Rates,
+    count_stream_parameters,
+    hold_backbone,
+    parameter_groups,
+    schedule,
+    warn_of_rate,
+)
 from parscale.train.watch import StreamWatch, as_logs, say
 
 LOGS = "runs"
@@ -268,6 +275,8 @@ def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> Tra
         blocks.select(range(min(len(blocks), config.validation_blocks)))
         for blocks in (data.validation, *data.corpora.values())
     )
+    if config.stage != "frozen" and config.peft == "none" and is_first_process():
+        warn_of_rate(config.learning_rate, model.get_input_embeddings().embedding_dim)
     if data.end_of_text is not None:
         check_separate(trained, data.end_of_text)
     check_stream_parallel(model, config.stream_parallel, processes())

@@ -30,7 +30,7 @@ SIZES = 4
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
-    """Own keys and values and shared ones: from scratch and on a trained model at every P, and at P = 4 for other sizes;
+    """Own keys and values and shared ones: from scratch and on a trained model at every P, at P = 4 for other sizes,
     and with another remedy or none."""
     found = []
     for corpus in corpora:
