@@ -13,6 +13,7 @@ from parscale.streams.attention import LONG, StreamState, attend, flex_mask
 from tests.small import build, with_streams
 
 P, B, H, HK, N, D, E = 3, 2, 4, 2, 5, 8, 6
+BOTH: Any = ("prefix", "lora")
 
 
 class Layer(nn.Module):
@@ -105,6 +106,37 @@ def test_half_precision_stays_finite_and_close() -> None:
     found = attend(layer, *(x.bfloat16() for x in (query, key, value)), None, implementation="sdpa")[0]
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv", ["own", "shared", "one prefix"])
+@pytest.mark.parametrize("masked", ["no", "boolean", "additive"])
+def test_one_token_in_two_bytes_by_the_fused_kernel(dtype: torch.dtype, kv: Any, masked: str) -> None:
+    """Keys and values as long as each other, as the kernel wants them; a row of padding alone sees the prefix."""
+    layer = Layer(value_size=D)
+    if kv == "one prefix":
+        layer.prefix_k.data, layer.prefix_v.data = layer.prefix_k[:1], layer.prefix_v[:1]
+    if kv != "own":
+        layer.stream_state = StreamState(
+            StreamsConfig(P, N, kv="shared", shared_prefix=kv == "one prefix", diversify=BOTH)
+        )
+    query, key, value = (x.to(dtype) for x in inputs(1, 600, D))
+    if kv != "own":
+        key, value = (x[:B].repeat(P, 1, 1, 1) for x in (key, value))
+    allowed = torch.ones(B, 1, 600, dtype=torch.bool)
+    mask = None
+    if masked != "no":
+        allowed = torch.rand(B, 1, 600) < 0.6
+        allowed[0] = False
+        mask = allowed[:, None].repeat(P, 1, 1, 1)
+        mask = mask if masked == "boolean" else torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+    whole = Layer(value_size=D)
+    whole.prefix_k.data, whole.prefix_v.data = (x.expand(P, -1, -1, -1) for x in (layer.prefix_k, layer.prefix_v))
+    expected = by_hand(whole, query, key, value, allowed)
+    found = attend(layer, query, key, value, mask, implementation="sdpa")[0]
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
 
 
 @torch.no_grad()

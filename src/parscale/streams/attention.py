@@ -270,6 +270,9 @@ def _decode(
     grouped = query.unflatten(1, (kv_heads, -1)).squeeze(3)  # (P·B, Hk, G, D): G query heads share a K/V head
     grouped = grouped * (grouped.shape[-1] ** -0.5 if scaling is None else scaling)
     by_stream = split(grouped, streams)  # (P, B, Hk, G, D)
+    if kv.has_fused(grouped, value):
+        out, total = (split(x, streams) for x in kv.fused(grouped, key, value, mask))
+        return kv.add_prefix(out, total, by_stream, prefix_k, prefix_v).flatten(0, 1).flatten(1, 2)[:, None]
     prefix_scores = (by_stream @ prefix_k[:, None].transpose(-1, -2)).flatten(0, 1)  # (P·B, Hk, G, n)
     scores = grouped @ key.transpose(-1, -2)  # (P·B, Hk, G, S)
     if mask is not None:
