@@ -125,6 +125,10 @@ def _machine(told: dict[str, Any]) -> str:
     return f"{name}, {told['threads']} threads, torch {told['torch']}, transformers {told['transformers']}"
 
 
+CURVES = 8
+"""As many as a plot holds the names of."""
+
+
 def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -146,4 +150,8 @@ def _draw(figure: Any, verdict: Verdict) -> None:
         plot.axhline(0, color="black", linewidth=0.8)
     plot.set(xlabel=verdict.axes[0], ylabel=verdict.axes[1])
     plot.grid(alpha=0.3)
-    plot.legend(frameon=False)
+    if len(verdict.curves) <= CURVES:
+        plot.legend(frameon=False)
+    else:  # inside they would cover the curves
+        figure.set_size_inches(10, max(4, 0.22 * len(verdict.curves)))
+        plot.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
