@@ -29,6 +29,8 @@ INTRODUCTION = (
     "its parts are. The scale smoke proves the machinery alone: its runs are a few steps long and decide nothing. "
     "What the paper's own sizes would take is told in hours of one H100 (h)."
 )
+CURVES = 8
+"""As many as a plot holds the names of."""
 
 
 def write_report(results: Path, out: Path | None = None) -> Path:
@@ -123,10 +125,6 @@ def _machine(told: dict[str, Any]) -> str:
         return told["name"]
     name = told["processor"] or told["platform"]
     return f"{name}, {told['threads']} threads, torch {told['torch']}, transformers {told['transformers']}"
-
-
-CURVES = 8
-"""As many as a plot holds the names of."""
 
 
 def _cell(value: Any) -> str:
