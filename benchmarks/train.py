@@ -4,9 +4,10 @@
     python benchmarks/train.py --minutes 9           # begins no row after nine minutes; the same again goes on
 
 A step is forward, backward, clipping and AdamW, on one batch of random tokens, in float32 weights and bfloat16 products
-where the processor has them. Every row runs in a fresh process, whose largest resident set is its peak memory; the rows
-go round by round, so that a drifting machine is fair to all. Seconds are those of the fastest step, by the wall clock,
-or with one thread the processor's: other work on the machine only ever lengthens them. *Naive* is the same model with
+where the processor has them; on the GPU where there is one. Every row runs in a fresh process, whose largest resident
+set, or what it held of the GPU at most, is its peak memory; the rows go round by round, so that a drifting machine is
+fair to all. Seconds are those of the fastest step, by the wall clock, or on a CPU with one thread the processor's:
+other work on the machine only ever lengthens them. *Naive* is the same model with
 its P-fold batch, logits of all positions in one piece, and the LM head in float32; *plain* is the model without
 streams, with the chunked loss.
 """
@@ -19,6 +20,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from parscale.train.config import Rates
 from parscale.train.loss import chunked_loss
 from parscale.train.stages import freeze_backbone, parameter_groups
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FROZEN = 4
 """The P at which frozen is held against the full retrofit."""
 
@@ -115,30 +118,38 @@ def in_fresh_process(row: dict[str, Any]) -> dict[str, Any]:
 
 def measure(row: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each timed step, and the most memory that the process ever had, in GiB."""
-    model = build(row)
+    model = build(row).to(DEVICE)
     freeze_backbone(model, row["stage"])
     optimizer = torch.optim.AdamW(parameter_groups(model, Rates(1e-4, 1e-3, 0.1)), fused=True)
     trained = [p for p in model.parameters() if p.requires_grad]
-    ids = torch.randint(model.config.vocab_size, (row["batch"], row["tokens"]))
+    ids = torch.randint(model.config.vocab_size, (row["batch"], row["tokens"]), device=DEVICE)
     seconds, clock = [], time.process_time if _clock() == "processor" else time.perf_counter
     naive = row["code"] == "naive"
-    mixed = torch.autocast("cpu", torch.bfloat16) if row["dtype"] == "bfloat16" else nullcontext()
+    mixed = torch.autocast(DEVICE, torch.bfloat16) if row["dtype"] == "bfloat16" else nullcontext()
     with head_in_float32(model) if naive else chunked_loss(model):
         for _ in range(1 + row["steps"]):
-            start = clock()
+            start = finished(clock)
             with mixed:
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            seconds.append(clock() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            seconds.append(finished(clock) - start)
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else held
     return {"seconds": seconds[1:], "peak_gib": peak, "loss": loss.item()}
 
 
+def finished(clock: Callable[[], float]) -> float:
+    """The time at which all that was begun is done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return clock()
+
+
 def _clock() -> str:
-    return "processor" if torch.get_num_threads() == 1 else "wall"
+    return "processor" if DEVICE == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
 def build(row: dict[str, Any]) -> Any:
@@ -170,7 +181,7 @@ def head_in_float32(model: Any) -> Any:
     head = model.lm_head
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(DEVICE, enabled=False):
             return nn.functional.linear(hidden.float(), head.weight)
 
     head.forward = forward

@@ -24,7 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from parscale.config import StreamsConfig
 from parscale.streams import kv
 from parscale.streams.adaptive import HardTokens
-from parscale.streams.order import divide_tail, duplicate, expand_bank, join_tail, split
+from parscale.streams.decode import decode
+from parscale.streams.order import divide_tail, duplicate, expand_bank, join_tail
 
 TAG = "parscale|"
 SUPPORTED = ("eager", "sdpa", "flex_attention")
@@ -32,7 +33,7 @@ LONG = 384
 """Query tokens beyond which, on a CPU, n more in front cost less than the half of the scores that a mask discards."""
 PAIRS = 2**14
 """Pairs of a query and a key, on a CPU, that cost what a call of attention does by itself."""
-_SCORE_CHANGES = ("position_bias", "softcap", "s_aux")  # what `_decode` and `kv.decode` do not compute
+_SCORE_CHANGES = ("position_bias", "softcap", "s_aux")  # what `decode` does not compute
 
 
 class StreamState:
@@ -129,9 +130,9 @@ def attend(
     plain_scores = all(kwargs.get(name) is None for name in _SCORE_CHANGES)
     decoding = implementation == "sdpa" and length == 1 and plain_scores and not torch.is_grad_enabled()
     if decoding and sharing:
-        return kv.decode(query, key, value, prefix, attention_mask, scaling, sharing), None
+        return decode(query, key, value, prefix, attention_mask, scaling, sharing), None
     if decoding and prefix is not None:
-        return _decode(query, key, value, *prefix, attention_mask, scaling), None
+        return decode(query, key, value, prefix, attention_mask, scaling, len(prefix[0])), None
     if sharing:
         key, value = duplicate(key, sharing), duplicate(value, sharing)
     if prefix is None:
@@ -187,7 +188,7 @@ def _attend_with_tail(
         prefix = prefix[0].to(key.dtype), prefix[1].to(value.dtype)
     of_last = None if mask is None else mask[..., -1:, :]
     key, value = key[:, :, :seen], value[:, :, :seen]
-    behind = kv.decode(last.transpose(1, 2), key, value, prefix, of_last, kwargs.get("scaling"), tail)
+    behind = decode(last.transpose(1, 2), key, value, prefix, of_last, kwargs.get("scaling"), tail)
     return join_tail(out, behind)
 
 
@@ -251,36 +252,6 @@ def _causal(query: Tensor, n: int) -> Any:
 def _mask_with_prefix(mask: Tensor, n: int) -> Tensor:
     """(…, T, S) → (…, T, n+S): the prefix is visible to every query. Boolean masks and additive ones."""
     return F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
-
-
-def _decode(
-    query: Float[Tensor, "pb h 1 d"],
-    key: Float[Tensor, "pb hk s d"],
-    value: Float[Tensor, "pb hk s e"],
-    prefix_k: Float[Tensor, "p hk n d"],
-    prefix_v: Float[Tensor, "p hk n e"],
-    mask: Tensor | None,
-    scaling: float | None,
-) -> Float[Tensor, "pb 1 h e"]:
-    """softmax([q·prefix_k, q·k]) · [prefix_v; v] for one query token.
-
-    The scores are concatenated, not the keys: the KV cache is read once and never copied.
-    """
-    streams, kv_heads, n, _ = prefix_k.shape
-    grouped = query.unflatten(1, (kv_heads, -1)).squeeze(3)  # (P·B, Hk, G, D): G query heads share a K/V head
-    grouped = grouped * (grouped.shape[-1] ** -0.5 if scaling is None else scaling)
-    by_stream = split(grouped, streams)  # (P, B, Hk, G, D)
-    if kv.has_fused(grouped, value):
-        out, total = (split(x, streams) for x in kv.fused(grouped, key, value, mask))
-        return kv.add_prefix(out, total, by_stream, prefix_k, prefix_v).flatten(0, 1).flatten(1, 2)[:, None]
-    prefix_scores = (by_stream @ prefix_k[:, None].transpose(-1, -2)).flatten(0, 1)  # (P·B, Hk, G, n)
-    scores = grouped @ key.transpose(-1, -2)  # (P·B, Hk, G, S)
-    if mask is not None:
-        scores = kv.masked(scores, mask)
-    weights = torch.cat([prefix_scores, scores], dim=-1).softmax(-1).to(value.dtype)  # in float32 inside
-    out = weights[..., n:] @ value  # (P·B, Hk, G, E)
-    out = out + (split(weights[..., :n], streams) @ prefix_v[:, None]).flatten(0, 1)
-    return out.flatten(1, 2)[:, None]  # (P·B, 1, H, E)
 
 
 register()

@@ -19,7 +19,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from parscale.errors import InputError
 from parscale.streams.adaptive import run_hard_rows
 from parscale.streams.diversify.calibration import Calibration
-from parscale.streams.order import duplicate, first_stream, split
+from parscale.streams.order import duplicate, first_stream
 
 KEYS_AND_VALUES = ("k_proj", "v_proj")
 """Projections that run for stream 0 alone. Where queries, keys and values are one fused matrix, all rows pass it, and
@@ -94,90 +94,6 @@ def detach(model: Any) -> None:
     """Undo `attach`; nothing happens where nothing is attached."""
     for hook in vars(model.base_model).pop("stream_kv_hooks", []):
         hook.remove()
-
-
-def decode(
-    query: Float[Tensor, "pb h 1 d"],
-    key: Float[Tensor, "b hk s d"],
-    value: Float[Tensor, "b hk s e"],
-    prefix: tuple[Tensor, Tensor] | None,
-    mask: Tensor | None,
-    scaling: float | None,
-    streams: int,
-) -> Float[Tensor, "pb 1 h e"]:
-    """softmax([q_p·prefix_k_p, q_p·k])·[prefix_v_p; v] for one query token of every stream p: one read of the cache.
-
-    The prefix is (P, Hk, n, D) and (P, Hk, n, E); (1, Hk, n, …) if it is one for all streams; or None. The mask may
-    have rows for every stream, all alike.
-    """
-    kv_heads = key.shape[1]
-    by_stream = split(query.squeeze(2).unflatten(1, (kv_heads, -1)), streams)  # (P, B, Hk, G, D)
-    by_stream = by_stream * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    folded = by_stream.permute(1, 2, 0, 3, 4).flatten(2, 3)  # (B, Hk, P·G, D): P·G query heads share a K/V head
-    mask = None if mask is None else mask[: key.shape[0]]
-    if has_fused(folded, value):
-        # (P, B, Hk, G, E) and (P, B, Hk, G)
-        out, total = (x.unflatten(2, (streams, -1)).movedim(2, 0) for x in fused(folded, key, value, mask))
-        if prefix is not None:
-            out = add_prefix(out, total, by_stream, *(bank.expand(streams, -1, -1, -1) for bank in prefix))
-        return out.flatten(0, 1).flatten(1, 2)[:, None]  # (P·B, 1, H, E)
-    scores = folded @ key.transpose(-1, -2)  # (B, Hk, P·G, S)
-    if mask is not None:
-        scores = masked(scores, mask)
-    n = 0
-    if prefix is not None:
-        prefix_k, prefix_v = (bank.expand(streams, -1, -1, -1) for bank in prefix)
-        n = prefix_k.shape[2]
-        prefix_scores = (by_stream @ prefix_k[:, None].transpose(-1, -2)).permute(1, 2, 0, 3, 4).flatten(2, 3)
-        scores = torch.cat([prefix_scores, scores], dim=-1)  # (B, Hk, P·G, n+S)
-    weights = scores.softmax(-1).to(value.dtype)  # in float32 inside, whatever the scores' dtype is
-    out = (weights[..., n:] @ value).unflatten(2, (streams, -1)).permute(2, 0, 1, 3, 4)  # (P, B, Hk, G, E)
-    if prefix is not None:
-        on_prefix = weights[..., :n].unflatten(2, (streams, -1)).permute(2, 0, 1, 3, 4)  # (P, B, Hk, G, n)
-        out = out + on_prefix @ prefix_v[:, None]
-    return out.flatten(0, 1).flatten(1, 2)[:, None]  # (P·B, 1, H, E)
-
-
-def has_fused(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's fused kernel is the better one for a few rows of queries: in two bytes a number, on a CPU, where
-    products of matrices may have no instructions for it, and the scores of a long cache are passed over many times."""
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.device.type == "cpu" and half and query.shape[-1] == value.shape[-1]
-
-
-def fused(
-    query: Float[Tensor, "b hk r d"], key: Float[Tensor, "b hk s d"], value: Float[Tensor, "b hk s d"], mask: Any
-) -> tuple[Float[Tensor, "b hk r d"], Float[Tensor, "b hk r"]]:
-    """softmax(q·k)·v, and log Σ exp(q·k) of every query, which what stands in front of the keys is weighed against."""
-    if mask is not None:  # of a row of −∞ alone, as padding is, the kernel gives no sum
-        mask = _additive(mask, query.dtype).clamp(min=torch.finfo(query.dtype).min)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, key, value, 0.0, False, attn_mask=mask, scale=1.0)
-
-
-def add_prefix(
-    out: Float[Tensor, "p b hk g e"],
-    total: Float[Tensor, "p b hk g"],
-    query: Float[Tensor, "p b hk g d"],
-    prefix_k: Float[Tensor, "p hk n d"],
-    prefix_v: Float[Tensor, "p hk n e"],
-) -> Float[Tensor, "p b hk g e"]:
-    """Attention over [prefix; keys] from that over the keys, `out` with the `total` log Σ exp of its scores."""
-    scores = (query @ prefix_k[:, None].transpose(-1, -2)).float()
-    share = torch.sigmoid(scores.logsumexp(-1) - total)[..., None]
-    on_prefix = scores.softmax(-1).to(prefix_v.dtype) @ prefix_v[:, None]
-    return torch.lerp(out.float(), on_prefix.float(), share).to(out.dtype)
-
-
-def masked(scores: Float[Tensor, "*s"], mask: Tensor) -> Float[Tensor, "*s"]:
-    """−∞ where a boolean mask is False; an additive one is added. The scores of all queries are passed over once."""
-    return scores + _additive(mask, scores.dtype)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
 
 
 def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
