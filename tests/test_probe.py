@@ -101,8 +101,10 @@ def test_probing_leaves_the_model_as_it_was() -> None:
 
 
 def test_verdicts() -> None:
-    def seen(cosine: float | None, weights: list[float], losses: list[float], loss: float) -> StreamProbe:
-        return StreamProbe(len(weights), 10, loss, losses, weights, 1.0, cosine, [], None)
+    def seen(
+        cosine: float | None, weights: list[float], losses: list[float], loss: float, smoothing: float = 0.0
+    ) -> StreamProbe:
+        return StreamProbe(len(weights), 10, loss, losses, weights, smoothing, 1.0, cosine, [], None)
 
     fine = seen(0.8, [0.4, 0.6], [3.0, 3.1], 2.9)
     assert (fine.collapsed, fine.monoculture) == (False, False)
@@ -110,6 +112,8 @@ def test_verdicts() -> None:
     assert "collapse" in seen(0.999, [0.5, 0.5], [3.0, 3.1], 2.9).verdict
     assert "no better than the best" in seen(0.8, [0.5, 0.5], [3.0, 3.1], 3.0).verdict
     assert "monoculture" in seen(0.8, [0.02, 0.98], [3.0, 3.1], 2.9).verdict
+    assert "monoculture" in seen(0.8, [0.15, 0.85], [3.0, 3.1], 2.9, 0.3).verdict, "all that the head can give"
+    assert "monoculture" not in seen(0.8, [0.5, 0.5], [3.0, 3.1], 2.9, 1.0).verdict
     assert "one stream" in seen(None, [1.0], [3.0], 3.0).verdict
 
 

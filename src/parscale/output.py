@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ def write_text(path: Path, text: str) -> Path:
 def json_text(value: Any) -> str:
     """`value` as indented JSON. NaN and infinities, which JSON has not, become null."""
     return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def say(message: str) -> None:
+    """One line on the error stream."""
+    print(f"parscale: {message}", file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 COLLAPSE_COSINE = 0.995
 """Mean cosine of the streams' final hidden states above which they count as one."""
 MONOCULTURE_WEIGHT = 0.9
-"""Mean weight of one stream above which the others count as unused."""
+"""Mean weight that the head gives one stream, ε undone, above which the others count as unused."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class StreamProbe:
         loss: of the merged prediction.
         stream_losses: of each stream predicting alone, (P,).
         weights: mean aggregation weight of each stream, (P,).
+        smoothing: ε, of which every stream has ε/P of those weights whatever the head says.
         effective_streams: exp of the mean entropy of the weights, 1 to P.
         cosine: mean cosine between the final hidden states of two streams at the same token.
         layer_cosine: the same after each layer, first to last.
@@ -50,6 +51,7 @@ class StreamProbe:
     loss: float
     stream_losses: list[float]
     weights: list[float]
+    smoothing: float
     effective_streams: float
     cosine: float | None
     layer_cosine: list[float]
@@ -64,8 +66,9 @@ class StreamProbe:
 
     @property
     def monoculture(self) -> bool:
-        """Whether one stream gets nearly all the weight."""
-        return self.streams > 1 and max(self.weights) > MONOCULTURE_WEIGHT
+        """Whether one stream gets nearly all the weight that the head can give."""
+        given = unsmoothed(max(self.weights), self.streams, self.smoothing)
+        return self.streams > 1 and given > MONOCULTURE_WEIGHT
 
     @property
     def verdict(self) -> str:
@@ -93,7 +96,8 @@ def probe_streams(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = N
     Args:
         model: a parallelized causal LM.
         input_ids: (B, T) with T >= 2, without padding.
-        control: a model (P=1 with a prefix, best) whose losses the errors are measured against.
+        control: a model (P=1 with a prefix, best) whose losses the errors are measured against; or these
+            losses, (B, T−1) as `token_losses` gives them.
 
     Raises:
         InputError: the model has no streams, or the batch is shorter than two tokens.
@@ -118,10 +122,13 @@ def probe_streams(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = N
         loss=merged.mean().item(),
         stream_losses=alone.mean((1, 2)).tolist(),
         weights=weights.mean((1, 2)).tolist(),
+        smoothing=backbone.stream_state.config.smoothing,
         effective_streams=_entropy(weights).exp().item(),
         cosine=_mean_cosine(layers[-1]) if p > 1 else None,
         layer_cosine=[_mean_cosine(h) for h in layers] if p > 1 else [],
-        error_correlation=_error_correlation(alone, control, input_ids) if p > 1 and control is not None else None,
+        error_correlation=_error_correlation(alone, control_losses(control, input_ids))
+        if p > 1 and control is not None
+        else None,
     )
 
 
@@ -130,6 +137,11 @@ def token_losses(logits: Float[Tensor, "b t v"], input_ids: Int[Tensor, "b t"]) 
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none").view(
         input_ids.shape[0], -1
     )
+
+
+def unsmoothed(weight: float, streams: int, smoothing: float) -> float:
+    """What the head itself gives a stream of this weight: (w − ε/P) / (1 − ε). With an ε of 1 it has no say."""
+    return (weight - smoothing / streams) / (1 - smoothing) if smoothing < 1 else 1 / streams
 
 
 @contextmanager
@@ -154,10 +166,18 @@ def _entropy(weights: Float[Tensor, "p b t"]) -> Tensor:
     return -(weights * weights.clamp(min=1e-12).log()).sum(0).mean()
 
 
-def _error_correlation(alone: Float[Tensor, "p b t"], control: Any, input_ids: Tensor) -> float:
+@torch.no_grad()
+def control_losses(control: Any, input_ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t-1"]:
+    """A model's losses on every token after the first, in nats: (B, T−1). Losses are given back as they are."""
+    if isinstance(control, Tensor):
+        return control.to(input_ids.device)
     with evaluating(control):
         logits = control(input_ids=input_ids.to(control.device), use_cache=False).logits
-    errors = alone.flatten(1) - token_losses(logits, input_ids).flatten()[None]  # (p, tokens)
+    return token_losses(logits, input_ids.to(control.device)).to(input_ids.device)
+
+
+def _error_correlation(alone: Float[Tensor, "p b t"], of_control: Float[Tensor, "b t"]) -> float:
+    errors = alone.flatten(1) - of_control.flatten()[None]  # (p, tokens)
     pairs = torch.corrcoef(errors)
     p = pairs.shape[0]
     return ((pairs.sum() - pairs.trace()) / (p * (p - 1))).item()

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from parscale.probe import StreamProbe, probe_streams, token_losses, unmerged
+from parscale.probe import StreamProbe, control_losses, probe_streams, token_losses, unmerged
 from parscale.streams.aggregate import stream_weights
 from parscale.streams.attention import TAG
 from parscale.streams.diversify.calibration import evaluating
@@ -63,11 +63,7 @@ def probe_details(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = N
         without = [_loss_without(model, input_ids, stream) for stream in range(p)] if p > 1 else []
         attention = _prefix_attention(model, input_ids) if state.config.has_prefix else None
         gradients = _gradient_share(model, input_ids)
-        gain = None
-        if control is not None:
-            with evaluating(control), torch.no_grad():
-                logits = control(input_ids=input_ids.to(control.device), use_cache=False).logits
-            gain = token_losses(logits, input_ids.to(control.device)).mean().item() - seen.loss
+        gain = None if control is None else control_losses(control, input_ids).mean().item() - seen.loss
     rho = seen.error_correlation
     return StreamDetails(
         probe=seen,

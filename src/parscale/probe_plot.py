@@ -18,20 +18,23 @@ def draw_probe(details: StreamDetails, path: str | Path, run: Path | None = None
     from matplotlib.figure import Figure
 
     history = _history(run)
-    rows = 3 if history else 2
-    figure = Figure(figsize=(14, 3.6 * rows), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, 4)
+    rows = 4 if history else 2
+    figure = Figure(figsize=(17, 3.4 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, 5)
     seen = details.probe
     _bars(axes[0, 0], seen.weights, "mean weight", 1 / seen.streams, "equal")
     _losses(axes[0, 1], details)
     _bars(axes[0, 2], details.gradient_share, "share of the gradient", 1 / seen.streams, "equal")
-    _layers(axes[0, 3], {"cosine of the streams": seen.layer_cosine}, (None, 1.02))
-    _layers(axes[1, 0], {"effective streams (covariance)": details.spectrum_streams}, (0.9, seen.streams + 0.1))
-    _by_stream(axes[1, 1], details.prefix_attention, "layer", "attention on the prefix")
-    _by_stream(axes[1, 2], details.prefix_attention_by_position, "part of the sequence", "attention on the prefix")
-    _by_stream(axes[1, 3], details.weights_by_position, "part of the sequence", "mean weight")
+    _layers(axes[0, 3], seen.layer_cosine, "cosine of the streams", (None, 1.02))
+    _layers(axes[0, 4], details.spectrum_streams, "effective streams (covariance)", (0.9, seen.streams + 0.1))
+    _by_stream(axes[1, 0], details.prefix_attention, "layer", "attention on the prefix")
+    _by_stream(axes[1, 1], details.prefix_attention_by_position, "part of the sequence", "attention on the prefix")
+    _by_stream(axes[1, 2], details.weights_by_position, "part of the sequence", "mean weight")
+    _in_use(axes[1, 3], details)
+    _errors(axes[1, 4], details)
     if history:
-        _over_training(axes[2], history, seen.streams)
+        for panel, (quantity, curves) in zip(axes[2:].flat, OVER_TRAINING.items(), strict=True):
+            _over_training(panel, history, quantity, curves)
     figure.suptitle(_title(details))
     return save_figure(figure, path)
 
@@ -67,17 +70,37 @@ def _losses(axes: Any, details: StreamDetails) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _layers(axes: Any, curves: dict[str, list[float]], limits: tuple[float | None, float | None]) -> None:
-    for name, values in curves.items():
-        axes.plot(range(1, len(values) + 1), values, "o-", markersize=4, color="#3b6fb6")
-        axes.set(xlabel="layer", ylabel=name, xticks=_ticks(len(values)))
+def _layers(axes: Any, values: list[float], label: str, limits: tuple[float | None, float | None]) -> None:
+    axes.plot(range(1, len(values) + 1), values, "o-", markersize=4, color="#3b6fb6")
+    axes.set(xlabel="layer", ylabel=label, xticks=_ticks(len(values)))
     axes.set_ylim(*limits)
+
+
+def _in_use(axes: Any, details: StreamDetails) -> None:
+    """How many streams there are in effect, by either count."""
+    seen = details.probe
+    counts = {"weights' entropy": seen.effective_streams}
+    counts |= {"covariance,\nlast layer": details.spectrum_streams[-1]} if details.spectrum_streams else {}
+    axes.bar(list(counts), list(counts.values()), color="#3b6fb6", width=0.5)
+    axes.axhline(seen.streams, color="black", linewidth=0.8, linestyle="--", label="all")
+    axes.set(ylabel="effective streams", ylim=(0, seen.streams * 1.15))
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _errors(axes: Any, details: StreamDetails) -> None:
+    rho = details.probe.error_correlation
+    if rho is None or details.loss_factor is None:
+        _nothing(axes, "error correlation: no control")
+        return
+    names = ["ρ of the\nstreams' errors", "[(P−1)ρ+1]/P:\nloss that stays"]
+    axes.bar(names, [rho, details.loss_factor], color=["#3b6fb6", "#b6503b"], width=0.5)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(ylim=(min(0.0, rho) - 0.05, 1.05))
 
 
 def _by_stream(axes: Any, rows: list[list[float]], label: str, quantity: str) -> None:
     if not rows:
-        axes.text(0.5, 0.5, "no prefix", ha="center", va="center", transform=axes.transAxes)
-        axes.set_axis_off()
+        _nothing(axes, "no prefix")
         return
     for stream, values in enumerate(zip(*rows, strict=True)):
         axes.plot(range(1, len(values) + 1), values, "o-", markersize=3, label=f"stream {stream + 1}")
@@ -86,27 +109,55 @@ def _by_stream(axes: Any, rows: list[list[float]], label: str, quantity: str) ->
     axes.legend(frameon=False, fontsize=7, ncols=2)
 
 
-def _over_training(axes: Any, history: list[dict[str, Any]], streams: int) -> None:
-    losses = [(row["step"], row["eval_loss"]) for row in history if "eval_loss" in row]
-    axes[0].plot(*zip(*losses, strict=True), "o-", markersize=3, color="black")
-    axes[0].set(xlabel="step", ylabel="validation loss")
-    for panel, names in (
-        (axes[1], [f"streams/weight_{i}" for i in range(streams)]),
-        (axes[2], ["streams/cosine", "streams/effective"]),
-        (axes[3], ["gradients/backbone", "gradients/head", "gradients/streams"]),
-    ):
-        for name in names:
-            points = [(row["step"], row[name]) for row in history if name in row]
-            if points:
-                panel.plot(*zip(*points, strict=True), linewidth=1, label=_label(name))
-        panel.set(xlabel="step", ylabel=names[0].partition("/")[0])
-        panel.legend(frameon=False, fontsize=7)
-    axes[3].set_yscale("log")
+OVER_TRAINING = {
+    "loss, nats a token": ("eval_loss", "streams/loss_*"),
+    "mean weight": ("streams/weight_*",),
+    "merged loss without the stream": ("streams/loss_without_*",),
+    "share of the gradient": ("streams/gradient_*",),
+    "norm of the gradient": ("gradients/backbone", "gradients/head", "gradients/streams"),
+    "cosine of the streams": ("streams/cosine_layer_*",),
+    "effective streams": ("streams/effective", "streams/effective_layer_*"),
+    "attention on the prefix, by stream": ("streams/prefix_attention_*",),
+    "attention on the prefix, by layer": ("streams/prefix_attention_layer_*",),
+    "errors against the control": ("streams/error_correlation", "streams/loss_factor"),
+}
+"""Quantity → the entries of a training log that are drawn of it; a star stands for a number."""
+NAMES = {
+    "eval_loss": "validation",
+    "streams/effective": "weights' entropy",
+    "streams/error_correlation": "ρ",
+    "streams/loss_factor": "[(P−1)ρ+1]/P",
+}
 
 
-def _label(name: str) -> str:
-    quantity, _, stream = name.partition("/")[2].partition("_")
-    return f"stream {int(stream) + 1}" if stream else quantity
+def _over_training(axes: Any, history: list[dict[str, Any]], quantity: str, curves: tuple[str, ...]) -> None:
+    found = {key: None for row in history for key in row if any(_matches(key, curve) for curve in curves)}
+    if not found:
+        _nothing(axes, f"{quantity}: not in the log")
+        return
+    for key in found:
+        points = [(row["step"], row[key]) for row in history if key in row]
+        axes.plot(*zip(*points, strict=True), "o-" if key == "eval_loss" else "-", markersize=3, label=_label(key))
+    axes.set(xlabel="step", ylabel=quantity)
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+    if quantity == "norm of the gradient":
+        axes.set_yscale("log")
+
+
+def _matches(key: str, curve: str) -> bool:
+    return key == curve or (curve.endswith("*") and key.startswith(curve[:-1]) and key[len(curve) - 1 :].isdigit())
+
+
+def _label(key: str) -> str:
+    name, _, number = key.rpartition("_")
+    if key in NAMES or not number.isdigit():
+        return NAMES.get(key, key.partition("/")[2])
+    return f"{'layer' if name.endswith('layer') else 'stream'} {int(number) + 1}"
+
+
+def _nothing(axes: Any, why: str) -> None:
+    axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes)
+    axes.set_axis_off()
 
 
 def _history(run: Path | None) -> list[dict[str, Any]]:

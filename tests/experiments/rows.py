@@ -10,7 +10,7 @@ def row(name: str, seed: int, loss: float, **changes: Any) -> dict[str, Any]:
     given = {
         "name": name, "seed": seed, "validation_loss": loss, "scale": "cpu", "corpus": "code", "streams": 1,
         "measured": {}, "tokens": 1000, "seconds": 10.0, "params": 1000, "machine": MACHINE, "skipped_steps": 0,
-        "start_loss": loss + 1, "key": f"{name} {seed}",
+        "start_loss": loss + 1, "key": f"{name} {seed}", "run": {"block_size": 96},
     }  # fmt: skip
     return given | changes
 

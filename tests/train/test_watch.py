@@ -9,9 +9,10 @@ import torch
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.probe import probe_streams
+from parscale.probe_details import probe_details
 from parscale.train.data import PackedText
 from parscale.train.trainer import train
-from parscale.train.watch import StreamWatch, as_logs
+from parscale.train.watch import StreamWatch, as_logs, details_as_logs
 from tests.small import VOCABULARY, build, with_streams
 from tests.train.conftest import run
 
@@ -31,7 +32,27 @@ def test_it_tells_what_the_probe_sees() -> None:
     assert logs["streams/cosine"] == seen.cosine
     assert logs["streams/error_correlation"] == seen.error_correlation
     assert math.exp(logs["streams/entropy"]) == pytest.approx(logs["streams/effective"])
+    assert [logs[f"streams/cosine_layer_{i}"] for i in range(len(seen.layer_cosine))] == seen.layer_cosine
     assert StreamWatch(ids).look(build()) is None
+
+
+def test_a_close_look_tells_all_that_a_probe_does() -> None:
+    model, control, ids = with_streams(build(), streams=3), build(), _ids()
+    watch = StreamWatch(ids, control)
+    seen = probe_details(model, ids, control=control)
+    assert watch.look_closely(model) == seen
+    logs = details_as_logs(seen)
+    assert [logs[f"streams/loss_without_{i}"] for i in range(3)] == seen.loss_without
+    assert [logs[f"streams/gradient_{i}"] for i in range(3)] == seen.gradient_share
+    layers = range(len(seen.spectrum_streams))
+    assert [logs[f"streams/effective_layer_{i}"] for i in layers] == seen.spectrum_streams
+    attention = torch.tensor(seen.prefix_attention)  # (layer, stream)
+    of_streams = torch.tensor([logs[f"streams/prefix_attention_{i}"] for i in range(3)])
+    of_layers = torch.tensor([logs[f"streams/prefix_attention_layer_{i}"] for i in layers])
+    torch.testing.assert_close(of_streams, attention.mean(0))
+    torch.testing.assert_close(of_layers, attention.mean(1))
+    assert (logs["streams/loss_factor"], logs["streams/gain"]) == (seen.loss_factor, seen.gain)
+    assert StreamWatch(ids).look_closely(build()) is None
 
 
 def test_streams_that_are_one_raise_the_alarm_once() -> None:

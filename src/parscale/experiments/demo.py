@@ -143,6 +143,7 @@ def run_demo(
             ),
             data=text,
             title=name,
+            control=output / "control" if "control" in results else None,
         )
     probes = _probe(output, text, [name for name, result in results.items() if result.streams["streams"] > 1])
     rows = _rows(results, probes)

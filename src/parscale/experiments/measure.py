@@ -23,6 +23,7 @@ def measure(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = None, r
     Keys: `merged`; `at` (p → loss with the first p streams); `alone` (P losses); `uniform` (the mean of the hidden
     states: with a linear LM head also the mean of the logits); `probabilities` (the mean of the streams' predictions);
     `rho` and `rho_by_position` (correlation of the streams' errors against `control`'s losses, None without one);
+    `gain_by_position` (the control's losses less the merged ones);
     `weights`, `cosine`, `effective_streams`, `prefix_attention_by_position`, `weights_by_position`.
     """
     if not has_streams(model) or model.streams == 1:
@@ -43,11 +44,13 @@ def measure(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = None, r
             uniform = _mean_loss(model, chunks)
         finally:
             state.smoothing = smoothing
-    errors = None
+    errors, gains = None, []
     if control is not None:
         with evaluating(control), torch.no_grad():
             theirs = torch.cat([token_losses(control(input_ids=c, use_cache=False).logits, c) for c in chunks])
+            merged = torch.cat([token_losses(model(input_ids=c, use_cache=False).logits, c) for c in chunks])
         errors = alone - theirs
+        gains = [band.mean().item() for band in (theirs - merged).tensor_split(BANDS, dim=1)]
     details = probe_details(model, chunks[0][:DETAILED])
     seen = details.probe
     return {
@@ -58,6 +61,7 @@ def measure(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = None, r
         "probabilities": -(-alone).exp().mean(0).log().mean().item(),
         "rho": None if errors is None else correlation(errors),
         "rho_by_position": [] if errors is None else [correlation(e) for e in errors.tensor_split(BANDS, dim=2)],
+        "gain_by_position": gains,
         "weights": seen.weights,
         "cosine": seen.cosine,
         "effective_streams": seen.effective_streams,

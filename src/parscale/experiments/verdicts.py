@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from parscale.probe import MONOCULTURE_WEIGHT
+from parscale.config import StreamsConfig
+from parscale.probe import MONOCULTURE_WEIGHT, unsmoothed
 
 Outcome = Literal["supported", "not supported", "undecided", "not run"]
 Row = dict[str, Any]
@@ -188,11 +189,21 @@ def largest_weight(row: Row) -> float:
     return max(row["measured"]["weights"])
 
 
+def largest_given(row: Row) -> float:
+    """The same as the head gives it: of every weight ε/P is given to each stream, whatever the head says."""
+    return unsmoothed(largest_weight(row), row["streams"], streams_of(row).smoothing)
+
+
+def streams_of(row: Row) -> StreamsConfig:
+    """The streams of its run, which tells what is not as by default."""
+    return StreamsConfig(**row["run"].get("streams", {}))
+
+
 def imbalance(rows: Sequence[Row]) -> Row:
     """Columns that tell how unevenly the streams of a run, of all seeds, are used."""
-    largest = [largest_weight(row) for row in rows]
-    monoculture = sum(weight > MONOCULTURE_WEIGHT for weight in largest)
-    return {"largest weight": statistics.mean(largest), "monoculture": f"{monoculture} of {len(largest)}"}
+    monoculture = sum(largest_given(row) > MONOCULTURE_WEIGHT for row in rows)
+    largest = statistics.mean(largest_weight(row) for row in rows)
+    return {"largest weight": largest, "monoculture": f"{monoculture} of {len(rows)}"}
 
 
 def combine(outcomes: Sequence[Outcome]) -> Outcome:

@@ -15,14 +15,12 @@ from parscale.output import print_table, write_text
 from parscale.train.config import TrainConfig
 from parscale.train.parallel import is_first_process
 from parscale.train.prepare import prepare
-from parscale.train.trainer import TrainResult, check_output, train
-
-CONTROL = "control"
-"""The control's folder inside the run's own, and its key in `train.json`."""
+from parscale.train.trainer import CONTROL, TrainResult, check_output, train
 
 
 def run(config: TrainConfig) -> TrainResult:
-    """`train`, then the control if it is asked for; prints the table, and completes `train.json` with `control`.
+    """`train`, after the control if it is asked for, so that the log can hold the streams against it; prints the table,
+    and completes `train.json` with `control`.
 
     Raises:
         InputError: as `train` does; or a control that cannot be: of one stream, or of a model that has streams already.
@@ -32,12 +30,10 @@ def run(config: TrainConfig) -> TrainResult:
     if config.control:
         _check_control(config)
     text = prepare(config)
-    result = train(config, data=text)
-    control = None
-    if config.control:
-        control = train(control_of(config), data=text, title="control")
-        if is_first_process():
-            _complete(config.output / RECORD, result, control)
+    control = train(control_of(config), data=text, title="control") if config.control else None
+    result = train(config, data=text, control=config.output / CONTROL if control else None)
+    if control and is_first_process():
+        _complete(config.output / RECORD, result, control)
     if is_first_process():
         print_report(result, control)
     return result

@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from parscale.errors import InputError
+from parscale.output import say
 from parscale.streams.tensors import belongs_to_streams
 from parscale.train.config import Rates, Stage, TrainConfig
-from parscale.train.watch import say
 
 _BEST = 0.64
 """Rate times width that did best on the smallest models (LOG.md)."""

@@ -27,7 +27,8 @@ from transformers import (
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError, first_line
-from parscale.load import RECORD
+from parscale.load import RECORD, load_model, on_accelerator
+from parscale.output import say
 from parscale.probe import StreamProbe
 from parscale.streams.backbone import has_streams, streams_of
 from parscale.train.balance import StreamBalance
@@ -61,10 +62,14 @@ from parscale.train.stages import (
     schedule,
     warn_of_rate,
 )
-from parscale.train.watch import StreamWatch, as_logs, say
+from parscale.train.watch import StreamWatch, as_logs, details_as_logs
 
 LOGS = "runs"
 """Where TensorBoard's event files stand in the output folder."""
+
+
+CONTROL = "control"
+"""The control's folder inside the run's own, and its key in `train.json`."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +212,10 @@ class StreamsTrainer(FaultTolerance, Trainer):
             logs["skipped_steps"] = self.skipped
         if ("loss" in logs or "eval_loss" in logs) and (seen := self.probe()) is not None:
             logs |= as_logs(seen)
-            if "eval_loss" in logs and self.state.global_step > 0:
-                self._raise_alarms(seen)
+            if "eval_loss" in logs:
+                logs |= self._details()
+                if self.state.global_step > 0:
+                    self._raise_alarms(seen)
         if "eval_loss" in logs:
             logs["eval_loss_smooth"] = self._smoothed(logs["eval_loss"])
         super().log(logs, start_time)
@@ -217,6 +224,13 @@ class StreamsTrainer(FaultTolerance, Trainer):
         """The streams on the watched text; None for a model with one stream."""
         model = base_of(self.accelerator.unwrap_model(self.model))
         return self.watch.look(model) if self.watch is not None else None
+
+    def _details(self) -> dict[str, float]:
+        """What a close look at the streams tells the loggers; nothing of a model whose tensors are in pieces."""
+        if self.watch is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return {}
+        seen = self.watch.look_closely(base_of(self.accelerator.unwrap_model(self.model)))
+        return {} if seen is None else details_as_logs(seen)
 
     def _raise_alarms(self, seen: StreamProbe) -> None:
         assert self.watch is not None
@@ -242,13 +256,16 @@ class _EvaluateLast(TrainerCallback):
             control.should_evaluate = True
 
 
-def train(config: TrainConfig, *, data: PackedText | None = None, title: str | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, *, data: PackedText | None = None, title: str | None = None, control: Path | None = None
+) -> TrainResult:
     """Run one stage and save the model, its tokenizer and `train.json` into `config.output`.
 
     Args:
         config: the run.
         data: text that is packed already, instead of `config.data`.
         title: what the progress bar is called.
+        control: folder of a model whose losses the streams' errors are measured against in the log.
 
     Raises:
         InputError: bad text, model, folder or settings; nothing is left half-written.
@@ -262,12 +279,12 @@ def train(config: TrainConfig, *, data: PackedText | None = None, title: str | N
         say(f"{config.output} holds a run that has ended; nothing is left to do")
         return TrainResult(**record["result"])
     if is_first_process():
-        check_output(config.output, resume=config.resume)
+        check_output(config.output, resume=config.resume, control=control)
     with _emptied(config.output):
-        return _run(config, data, title)
+        return _run(config, data, title, control)
 
 
-def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> TrainResult:
+def _run(config: TrainConfig, data: PackedText | None, title: str | None, control: Path | None) -> TrainResult:
     data, trained = _origin(config, data)
     model = base_of(trained)
     use_cache = getattr(model.config, "use_cache", True)  # the Trainer turns it off for good
@@ -297,7 +314,7 @@ def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> Tra
             eval_dataset=validation,
             data_collator=collator(data),
             rates=config.rates,
-            watch=StreamWatch(sample(validation, 4)),
+            watch=_watch(sample(validation, 4), control),
             balance=balance,
             corpora=dict(zip(data.corpora, corpora, strict=True)),
             smooth=config.smooth_validation,
@@ -346,6 +363,13 @@ def _run(config: TrainConfig, data: PackedText | None, title: str | None) -> Tra
     return result
 
 
+def _watch(input_ids: Tensor, control: Path | None) -> StreamWatch:
+    """Without the control where several processes would each hold the whole of it."""
+    if control is None or processes() > 1:
+        return StreamWatch(input_ids)
+    return StreamWatch(input_ids, on_accelerator(load_model(control)))
+
+
 def save_run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -380,15 +404,19 @@ def save_run(
         raise
 
 
-def check_output(output: Path, *, resume: bool = False) -> None:
+def check_output(output: Path, *, resume: bool = False, control: Path | None = None) -> None:
     """Refuse, before any work, an output folder that is not empty or that cannot be written. To resume, it may hold a
-    run's checkpoints and logs.
+    run's checkpoints and logs. The folder of its control may be in it.
 
     Raises:
         InputError: naming the folder and the reason.
     """
-    held = [file.name for file in output.iterdir()] if output.is_dir() else []
-    ours = [name for name in held if name == LOGS or name.startswith((PREFIX, SCRATCH))]
+    held = (
+        [file.name for file in output.iterdir() if control is None or file.name != control.name]
+        if output.is_dir()
+        else []
+    )
+    ours = [name for name in held if name in (LOGS, CONTROL) or name.startswith((PREFIX, SCRATCH))]
     if ours and ours == held and not resume:
         raise InputError(f"output={output} holds a run that was stopped; add --resume to go on, or give another name")
     if (output.exists() and not output.is_dir()) or ours != held:

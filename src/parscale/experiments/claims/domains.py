@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from parscale.config import StreamsConfig
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, mean_loss, names, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, mean_loss, names, paired
 from parscale.train.prepare import FORGETTING
 from parscale.train.shapes import SHAPES
 
@@ -56,7 +56,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "loss": mean_loss(seen),
                     "before": statistics.mean(row["start_loss"] for row in seen),
                     "gain over control": "" if name == "control" else str(paired(of, name, "control")),
-                    "loss at home rises by": statistics.mean(home),
+                    "loss at home rises by": str(gain_of([0.0] * len(home), home)),
                     "parameters": seen[0]["stream_parameters"],
                 }
             )

@@ -5,7 +5,17 @@ from itertools import pairwise
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against, remedy
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, gain_points, names, over_control, paired
+from parscale.experiments.verdicts import (
+    Row,
+    Verdict,
+    by_corpus,
+    combine,
+    gain_points,
+    growth,
+    names,
+    over_control,
+    paired,
+)
 
 COUNTS = (2, 4, 8, 16, 32)
 
@@ -28,6 +38,9 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             said.append(f"{fewer} → {more} on {corpus}: {step}")
             if fewer >= 8:
                 outcomes.append(step.outcome)
+        doublings = [(f"P={more}", f"P={fewer}") for fewer, more in pairwise(counts)]
+        if len(doublings) > 1:
+            said.append(f"the last less the first on {corpus}: {growth(of, doublings[0], doublings[-1])}")
     reason = "Gain of each doubling: " + "; ".join(said) + "."
     places = {name: ("prefix+lora", float(name[2:])) for name in names(rows) if name.startswith("P=")}
     outcome = combine(outcomes) if outcomes else "undecided"
@@ -39,7 +52,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 CLAIM = Claim(
     "many-streams",
     "The gain goes on beyond P = 8: 16 streams beat 8, and 32 beat 16.",
-    "Open. A logarithm would give every doubling the same gain; each stream here has a LoRA of its own as well.",
+    "Open. A logarithm would give every doubling the same gain, so that the last less the first is nothing; below that "
+    "the gain levels off. Each stream here has a LoRA of its own as well.",
     runs,
     verdict,
 )

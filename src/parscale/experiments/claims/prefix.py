@@ -1,15 +1,26 @@
-"""How long must a prefix be, how should it start, and is it still seen at the end of the context?"""
+"""How long must a prefix be, how should it start, and is it still seen at the end of the context?
+
+Every key that is added leaves all others a smaller share of attention. A prefix fades where it loses more than that:
+its share is held against n/(n + t), what a gaze that favours no key would give it at place t.
+"""
 
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
+
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names, paired, streams_of
 
 LENGTHS = (1, 3, 6, 12, 24, 48, 96)
 STARTS = ("near_identity", "orthogonal", "text", "reparameterized")
 P = 4
+FAR = "n=48, long context"
+DECIDING = ("n=48", "n=96", FAR)
+"""With fewer tokens one of them may be where heads look that look nowhere."""
+LONG = 8
+"""Times the scale's context, with as many tokens a step."""
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -21,6 +32,11 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         for n in lengths:
             control = scale.run(f"control, n={n}", corpus, scale.prefix(1, prefix_tokens=n), **common)
             found += against(control, [scale.run(f"n={n}", corpus, scale.prefix(P, prefix_tokens=n), **common)])
+        if scale.name != "smoke":
+            longer = {"block_size": LONG * scale.block_size, "batch_size": max(1, scale.batch_size // LONG)}
+            of_long = {"stage": "retrofit", "start": scale.base(corpus, **longer), **longer}
+            control = scale.run(f"control, {FAR}", corpus, scale.prefix(1), **of_long)
+            found += against(control, [scale.run(FAR, corpus, scale.prefix(P), **of_long)])
         for start in starts:
             control = scale.run(f"control, {start}", corpus, scale.prefix(1, prefix_init=start), **common)
             found += against(control, [scale.run(start, corpus, scale.prefix(P, prefix_init=start), **common)])
@@ -34,10 +50,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         for name in streamed:
             seen = list(by_seed(of, name).values())
             gain = paired(of, name, f"control, {name}")
-            bands = [
-                statistics.mean(statistics.mean(row["measured"]["prefix_attention_by_position"][i]) for row in seen)
-                for i in (0, -1)
-            ]
+            bands = [statistics.mean(_share(row, i) for row in seen) for i in (0, -1)]
+            over_even = [statistics.mean(_share(row, i) / _even(row, i) for row in seen) for i in (0, -1)]
             rho = [row["measured"]["rho_by_position"] for row in seen if row["measured"]["rho_by_position"]]
             table.append(
                 {
@@ -46,30 +60,54 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "gain over its own control": str(gain),
                     "attention on it, first eighth": bands[0],
                     "last eighth": bands[1],
+                    "over n/(n+t), first eighth": over_even[0],
+                    "over n/(n+t), last eighth": over_even[1],
                     "ρ, first eighth": statistics.mean(r[0] for r in rho) if rho else None,
                     "ρ, last eighth": statistics.mean(r[-1] for r in rho) if rho else None,
+                    "gain, first eighth": _gain_at(of, name, 0),
+                    "gain, last eighth": _gain_at(of, name, -1),
                 }
             )
-            if name.startswith("n=") and gain.seeds:
+            if name.startswith("n=") and name != FAR and gain.seeds:
                 curves.setdefault(corpus, []).append((float(name[2:]), gain.mean))
-        lengths = [name for name in streamed if name.startswith("n=")]
-        if not lengths:
-            continue
-        longest = by_seed(of, lengths[-1])
-        bands_of = {seed: row["measured"]["prefix_attention_by_position"] for seed, row in longest.items()}
-        fade = gain_of(
-            [statistics.mean(b[-1]) for b in bands_of.values()], [statistics.mean(b[0]) for b in bands_of.values()]
-        )
-        outcomes.append(fade.outcome)
-        said.append(f"{corpus}, {lengths[-1]}: {fade}")
-    reason = "Share of attention on the prefix, first eighth of the context less the last: " + "; ".join(said) + "."
+        for name in (name for name in streamed if name in DECIDING):
+            seen = by_seed(of, name).values()
+            fade = gain_of(
+                [_share(row, -1) / _even(row, -1) for row in seen], [_share(r, 0) / _even(r, 0) for r in seen]
+            )
+            outcomes.append(fade.outcome)
+            said.append(f"{corpus}, {name}: {fade}")
+    reason = (
+        "Share of attention on the prefix over n/(n + t), first eighth of the context less the last: "
+        + "; ".join(said)
+        + "."
+    )
     return Verdict(combine(outcomes), reason, table, curves, ("prefix tokens n", "gain over the control of the same n"))
+
+
+def _share(row: Row, band: int) -> float:
+    """Of attention on the prefix, mean over the streams."""
+    return statistics.mean(row["measured"]["prefix_attention_by_position"][band])
+
+
+def _even(row: Row, band: int) -> float:
+    """n/(n + t), mean over the places t of the band."""
+    n = streams_of(row).prefix_tokens
+    share = n / (n + 1 + np.arange(row["run"]["block_size"]))
+    return float(np.array_split(share, len(row["measured"]["prefix_attention_by_position"]))[band].mean())
+
+
+def _gain_at(rows: Sequence[Row], name: str, band: int) -> float | None:
+    """Over the control at those places; None where it was not measured."""
+    gains = [row["measured"].get("gain_by_position") for row in by_seed(rows, name).values()]
+    return statistics.mean(gain[band] for gain in gains if gain) if any(gains) else None
 
 
 CLAIM = Claim(
     "prefix",
-    "The prefix fades: late in the context it gets less attention than at its start.",
-    "48 tokens (paper). Longer contexts leave it a smaller share; which start is best is open.",
+    "The prefix fades: late in the context it loses more attention than the keys that are added take from all others.",
+    "48 tokens (paper). A longer context leaves every key a smaller share; whether the prefix loses more than its "
+    "part, and which start is best, is open.",
     runs,
     verdict,
 )

@@ -12,6 +12,7 @@ from parscale.experiments.verdicts import (
     by_seed,
     combine,
     gain_points,
+    imbalance,
     keeps,
     losses_of,
     mean_loss,
@@ -21,12 +22,15 @@ from parscale.experiments.verdicts import (
 )
 from parscale.train.config import Stage
 
+KV = ("own", "shared")
 KEPT = 0.8
 DECIDING = (4, 8)
 """The P at which the claim is decided."""
 SECOND: tuple[Stage, ...] = ("retrofit", "frozen")
 P_ELSEWHERE = 4
 SIZES = 4
+EQUAL = f"P=1, LoRA of {P_ELSEWHERE} streams"
+"""One stream with as many parameters of its own as so many have: what of their gain is no more than that?"""
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -36,6 +40,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     for corpus in corpora:
         control = scale.run("pretrain, control", corpus, scale.prefix(1))
         streamed = _both(scale, "pretrain", corpus, scale.streams) + _variants(scale, corpus)
+        streamed += [_equal(scale, "pretrain", corpus)]
         streamed += _both(
             scale, "pretrain", corpus, [p for p in scale.streams if p in DECIDING], "load balance", **EVEN
         )
@@ -48,6 +53,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
             control = scale.run(f"{place}, control", corpus, scale.prefix(1), **more)
             streamed = _both(scale, place, corpus, scale.streams if place in SECOND else (P_ELSEWHERE,), **more)
             if place in SECOND:
+                streamed += [_equal(scale, place, corpus, **more)]
                 streamed += _both(scale, place, corpus, (P_ELSEWHERE,), "slow head", **SLOW, **more)
             found += against(control, streamed)
     return list(dict.fromkeys(found))
@@ -65,16 +71,21 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             if own not in have:  # what only shared keys can have stands beside own ones as they come
                 own = f"{place}, {streams}, own"
             losses = losses_of(of, name, own, control)
-            kept = _kept(*losses)
+            kept, seen = _kept(*losses), list(by_seed(of, name).values())
+            over_equal = paired(of, name, f"{place}, {EQUAL}") if streams == f"P={P_ELSEWHERE}" else None
             table.append(
                 {
                     "text": corpus,
                     "run": name,
-                    "loss": mean_loss(by_seed(of, name).values()),
+                    "loss": mean_loss(seen),
                     "gain over control": str(paired(of, name, control)),
+                    "over as many parameters": str(over_equal) if over_equal and over_equal.seeds else "",
                     "of the own gain": "" if name == own or kept is None else f"{kept:.0%}",
                 }
+                | (imbalance(seen) if streams != "P=1" else {})
             )
+            if streams == "P=1":
+                continue
             points.setdefault(place, {})[name] = (f"{place}, {keys}", float(streams.removeprefix("P=")))
             if keys == "shared" and int(streams.removeprefix("P=")) in DECIDING:
                 over = keeps(KEPT, *losses)
@@ -93,16 +104,20 @@ def _both(scale: Scale, place: str, corpus: str, counts: Sequence[int], other: s
     found = []
     for p in counts:
         more = changes | ({} if other or "stage" in changes else remedy(p))
-        for kv in ("own", "shared"):
-            streams = scale.lora(p, **({} if kv == "own" else {"kv": kv}))
+        for kv in KV:
+            streams = scale.lora(p, kv=kv)
             name = f"{place}, P={p}, {kv}" + (f", {other}" if other else "")
             found.append(scale.run(name, corpus, streams, **more))
     return found
 
 
+def _equal(scale: Scale, place: str, corpus: str, **changes: Any) -> Run:
+    return scale.run(f"{place}, {EQUAL}", corpus, scale.lora(1, lora_rank=P_ELSEWHERE * scale.lora_rank), **changes)
+
+
 def _variants(scale: Scale, corpus: str) -> list[Run]:
     """What the streams should have with shared keys: a prefix each (above), one for all, or none; whether the first
-    stream may go without a LoRA; and what the remedy is worth."""
+    stream may go without a LoRA; what may stand in a LoRA's place; and what the remedy is worth."""
     bare: Any = {"diversify": ("lora",), "prefix_tokens": 0}
     variants: dict[str, Any] = {
         "one prefix": {"shared_prefix": True},
@@ -115,6 +130,15 @@ def _variants(scale: Scale, corpus: str) -> list[Run]:
         scale.run(f"{place}, shared, {name}", corpus, scale.lora(P_ELSEWHERE, kv="shared", **changes), **SLOW)
         for name, changes in variants.items()
     ]
+    ways: dict[str, Any] = {
+        "prefix alone": ("prefix",),
+        "prefix and vector": ("prefix", "embedding"),
+        "prefix and scales": ("prefix", "rank1"),
+    }
+    for name, diversify in ways.items():
+        for kv in KV:
+            streams = scale.prefix(P_ELSEWHERE, diversify=diversify, kv=kv)
+            found.append(scale.run(f"{place}, {kv}, {name}", corpus, streams, **SLOW))
     return found + _both(scale, "pretrain", corpus, (P_ELSEWHERE,), "no remedy")
 
 

@@ -1,5 +1,6 @@
 """Does ε keep the weights balanced, and does it cost loss?"""
 
+import statistics
 from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
@@ -11,11 +12,12 @@ from parscale.experiments.verdicts import (
     by_seed,
     combine,
     imbalance,
-    largest_weight,
+    largest_given,
     mean_loss,
     names,
     paired,
 )
+from parscale.probe import MONOCULTURE_WEIGHT
 
 EPSILONS = (0.0, 0.01, 0.05, 0.1, 0.2)
 
@@ -49,16 +51,34 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "loss": mean_loss(seen),
                 }
                 | imbalance(seen)
+                | {"largest that the head gives": statistics.mean(largest_given(row) for row in seen)}
                 | {"skipped steps": sum(row["skipped_steps"] for row in seen)}
             )
-            curves.setdefault(f"{corpus}, {streams}", []).append((float(epsilon), table[-1]["largest weight"]))
+            curves.setdefault(f"{corpus}, {streams}", []).append(
+                (float(epsilon), table[-1]["largest that the head gives"])
+            )
         for streams in dict.fromkeys(name.split(",")[0] for name in names(of) if "ε=" in name):
             gain = paired(of, f"{streams}, ε=0.1", f"{streams}, ε=0")
-            even = paired(of, f"{streams}, ε=0.1", f"{streams}, ε=0", largest_weight, largest_weight)
+            even = paired(of, f"{streams}, ε=0.1", f"{streams}, ε=0", largest_given, largest_given)
             outcomes += [gain.outcome, even.outcome]
-            said.append(f"{streams} on {corpus}: loss {gain}, largest weight lower by {even}")
+            said.append(
+                f"{streams} on {corpus}: loss {gain}, largest weight that the head gives lower by {even}, "
+                f"{_boundary(of, streams)}"
+            )
     reason = "ε = 0.1 against ε = 0: " + "; ".join(said) + "."
-    return Verdict(combine(outcomes), reason, table, curves, ("ε", "largest mean weight"))
+    return Verdict(combine(outcomes), reason, table, curves, ("ε", "largest mean weight that the head gives"))
+
+
+def _boundary(rows: Sequence[Row], streams: str) -> str:
+    """From which ε on no run had a stream with nearly all the weight."""
+    by_epsilon = {
+        float(n.split("ε=")[1]): by_seed(rows, n).values() for n in names(rows) if n.startswith(f"{streams},")
+    }
+    even = [not any(largest_given(row) > MONOCULTURE_WEIGHT for row in by_epsilon[e]) for e in sorted(by_epsilon)]
+    if not even[-1]:
+        return "no ε that was run keeps every seed from a monoculture"
+    first = len(even) - even[::-1].index(False) if False in even else 0
+    return f"no monoculture from ε = {sorted(by_epsilon)[first]:g} on"
 
 
 CLAIM = Claim(
