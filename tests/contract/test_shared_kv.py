@@ -52,7 +52,7 @@ def test_differs_from_own_keys(case: Case, ids: Tensor) -> None:
     assert (own(ids).logits - expected.logits).abs().max() > 100 * expected.tolerance
 
 
-@pytest.mark.parametrize("settings", ["prefix+lora", "one prefix+lora", "plain first"])
+@pytest.mark.parametrize("settings", ["prefix+lora", "one prefix+lora", "plain first", "all"])
 def test_gradient_is_that_of_the_loss(case: Case, ids: Tensor, settings: str) -> None:
     """Along a random direction of all parameters: the slope of the loss, whose value the passes above prove."""
     if case.backend == "flex_attention":

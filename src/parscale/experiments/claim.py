@@ -21,6 +21,7 @@ class Claim:
         expected: what came before, or what theory says.
         runs: what to train at a scale on the texts of these names.
         verdict: what rows of one scale say.
+        paper_texts: what its runs of the paper's scale are trained on.
         corpora: how many texts it needs at least.
         chats: whether its runs take the first text and the chats, instead of all texts.
         measurements: what to measure instead of training.
@@ -31,6 +32,7 @@ class Claim:
     expected: str
     runs: Callable[[Scale, Sequence[str]], list[Run]]
     verdict: Callable[[Sequence[dict[str, Any]]], Verdict]
+    paper_texts: tuple[str, ...] = ("code (Stack-V2-Python)",)
     corpora: int = 1
     chats: bool = False
     measurements: Callable[[Scale], Measurements] | None = None

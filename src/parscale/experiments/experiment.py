@@ -116,11 +116,12 @@ def outcome_told(outcome: str, scale: str) -> str:
 def planned(claim: Claim) -> list[dict[str, Any]]:
     """The runs of the paper's scale and the models that they continue, each once, with the hours of one H100 that it
     needs (`shapes.gpu_hours`)."""
-    runs = claim.runs(SCALES["paper"], ["paper"])
+    runs = claim.runs(SCALES["paper"], claim.paper_texts)
     needed = {run.start.key(0, ""): run.start for run in runs if run.start is not None}
     return [
         {
             "run": run.name,
+            "text": run.corpus,
             "model": run.model,
             "P": run.streams.streams,
             "tokens": f"{run.tokens / 1e9:,.1f} B",

@@ -157,7 +157,7 @@ def judge(
     if low <= 0:
         return f"Undecided: {told}; give more minutes or more text."
     lora, lora_low, lora_high = over_lora[best.name]
-    told += f" and {lora:+.4f} [{lora_low:+.4f}, {lora_high:+.4f}] over a LoRA of as many parameters"
+    told += f" and {lora:+.4f} [{lora_low:+.4f}, {lora_high:+.4f}] over a LoRA of the parameters of P={STREAMS[-1]}"
     if best.latency_ratio is not None:
         told += f", at {best.latency_ratio:.2f} times the latency"
     if lora_high <= 0:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from parscale.config import StreamsConfig
 from parscale.experiments.shapes import hidden_size
-from parscale.train.config import Balance, Stage
+from parscale.train.config import MANY_STREAMS, SLOW_HEAD, Balance, Stage
 
 ScaleName = Literal["smoke", "cpu", "gpu", "paper"]
 
@@ -148,10 +148,10 @@ class Scale:
 
 PLAIN = StreamsConfig(1, 0)
 EVEN: dict[str, Any] = {"balance": Balance(load_balance=0.01)}
-SLOW: dict[str, Any] = {"head_rate": 0.1}
+SLOW: dict[str, Any] = {"head_rate": SLOW_HEAD}
 """What keeps many streams in use that are trained from scratch; with neither a head may pick one of them before they
 differ. A slow head ends lower (claim `balance`)."""
-MANY = 4
+MANY = MANY_STREAMS
 """Streams from which on runs from scratch have a slow head."""
 PREFIX: dict[str, dict[str, Any]] = {"smoke": {"prefix_tokens": 8}, "cpu": {}, "gpu": {}, "paper": {}}
 
@@ -165,8 +165,8 @@ SCALES: dict[str, Scale] = {
         800 * 2048, 2400 * 2048, 600 * 2048, (2, 4, 8), learning_rate=2e-2, stream_learning_rate=2e-2,
     ),
     "gpu": Scale(
-        "gpu", "mini", ("nano", "micro", "4x192x4", "mini", "small"), 2048, 256, 128,
-        600 * 32768, 600 * 32768, 600 * 32768, (2, 4, 8),
+        "gpu", "6x384x6", ("6x384x6", "6x512x8", "small", "8x640x10", "10x768x12"), 2048, 256, 64,
+        1200 * 16384, 1200 * 16384, 1200 * 16384, (2, 4, 8), learning_rate=2e-3,
     ),
     "paper": Scale(
         "paper", "1.6B", ("0.5B", "0.7B", "1.1B", "1.6B", "2.8B", "4.4B"), 151_936, 2048, 1024,

@@ -31,6 +31,14 @@ def source_of(model: str, vocab_size: int, work: Path) -> str:
     return str(folder)
 
 
+def layers_of(model: str) -> int | None:
+    """The depth of a shape; None for a size of the paper."""
+    if model in SHAPES:
+        return SHAPES[model][0]
+    found = _PATTERN.fullmatch(model)
+    return int(found[1]) if found else None
+
+
 def hidden_size(model: str) -> int | None:
     """The width of a shape; None for a size of the paper."""
     if model in SHAPES:

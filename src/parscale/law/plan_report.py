@@ -12,6 +12,10 @@ from parscale.law.units import parse_bytes, parse_seconds
 from parscale.output import print_json, print_table
 
 COLUMNS = ("params", "streams", "dtype", "loss", "loss_low", "loss_high", "memory_gib", "token_latency_s", "prefill_s")
+OF_OWN_KEYS = (
+    "The law is of streams with keys and values of their own. Shared ones cost what is told here, and keep a part of "
+    "the gain: docs/shared-kv.md"
+)
 TRAINING = ("tokens", "train_flops", "two_stage_flops")
 
 
@@ -24,6 +28,9 @@ def report_plan(as_json: bool, plot: Path | None, **asked: Any) -> None:
         print_json(asdict(result))
         return
     print(result.sentence)
+    workload = asked["workload"]
+    if workload is not None and workload.kv == "shared":
+        print(OF_OWN_KEYS)
     print()
     columns = (*COLUMNS, *TRAINING, "extrapolated")
     print_table(

@@ -21,6 +21,11 @@ NOT_GIVEN = StreamsConfig()
 that is another object was asked for."""
 
 
+MANY_STREAMS = 4
+SLOW_HEAD = 0.1
+"""The head's rate where so many streams are trained from scratch and nothing is said of it (LOG.md)."""
+
+
 def whole_number(text: str | float) -> int:
     """An integer, also as 1e6. Raises ValueError for anything else."""
     number = float(text)
@@ -137,8 +142,8 @@ class TrainConfig:
         batch_size: sequences a step, on each device.
         learning_rate: of the backbone (or its LoRA), at its peak.
         stream_learning_rate: of prefixes and other parameters that tell the streams apart.
-        head_rate: learning rate of the aggregation head, as a share of `learning_rate`; with many streams a tenth keeps
-            all of them in use.
+        head_rate: learning rate of the aggregation head, as a share of `learning_rate`. By default 1, and from scratch
+            with four streams or more 0.1, which keeps all of them in use.
         weight_decay: of the backbone's matrices.
         schedule: wsd (warm-up, stable, linear decay) or cosine (warm-up, then half a cosine to zero).
         warmup: share of the steps in which the rates rise.
@@ -187,7 +192,7 @@ class TrainConfig:
     batch_size: int = 16
     learning_rate: float = 3e-3
     stream_learning_rate: float = 1e-2
-    head_rate: float = 1.0
+    head_rate: float | None = None
     weight_decay: float = 0.1
     schedule: Literal["wsd", "cosine"] = "wsd"
     warmup: float = 0.05
@@ -257,5 +262,12 @@ class TrainConfig:
             self.stream_learning_rate,
             self.weight_decay,
             self.backbone_delay,
-            self.head_rate,
+            self._head_rate,
         )
+
+    @property
+    def _head_rate(self) -> float:
+        """From scratch a fast head may pick one of many streams before they differ, and starve the rest."""
+        if self.head_rate is not None:
+            return self.head_rate
+        return SLOW_HEAD if self.stage == "pretrain" and self.streams.streams >= MANY_STREAMS else 1.0

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from parscale.config import StreamsConfig
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.shapes import hidden_size, layers_of
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, mean_loss, names, paired
 from parscale.train.prepare import FORGETTING
-from parscale.train.shapes import SHAPES
 
 P = 4
 
@@ -35,8 +35,10 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 
 def equal_rank(scale: Scale) -> int:
     """The rank at which one LoRA has, as nearly as it can, the parameters of P streams with a prefix and a LoRA each:
-    on the query, key, value, gate and up projections of a named shape, with P prefixes and the aggregation head."""
-    layers, d, _ = SHAPES[scale.model]
+    on the query, key, value, gate and up projections of the shape, with P prefixes and the aggregation head."""
+    layers, d = layers_of(scale.model), hidden_size(scale.model)
+    assert layers is not None
+    assert d is not None
     of_one_rank = layers * (6 * d + 2 * (d + 8 * d // 3 // 8 * 8))
     prefixes = 2 * layers * P * scale.prefix(P).prefix_tokens * d
     head = P * d * d + d + d * P + P

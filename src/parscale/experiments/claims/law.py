@@ -128,4 +128,5 @@ CLAIM = Claim(
     "k = 0.39 on code and 0.33 on the Pile (paper, table 3), at 0.5 to 4.4 B parameters. Nothing is known below.",
     runs,
     verdict,
+    paper_texts=("code (Stack-V2-Python)", "web text (Pile)"),
 )

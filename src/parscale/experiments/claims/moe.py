@@ -6,7 +6,7 @@ from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against, remedy
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, growth, paired
 
-SHAPES = {"smoke": ("pico", "2x32x2e8"), "cpu": ("pico", "2x32x2e8"), "gpu": ("mini", "6x256x4e8")}
+SHAPES = {"smoke": ("pico", "2x32x2e8"), "cpu": ("pico", "2x32x2e8"), "gpu": ("6x384x6", "6x384x6e8")}
 """Dense and sparse, of equal active parameters."""
 
 

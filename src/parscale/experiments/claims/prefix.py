@@ -32,7 +32,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         for n in lengths:
             control = scale.run(f"control, n={n}", corpus, scale.prefix(1, prefix_tokens=n), **common)
             found += against(control, [scale.run(f"n={n}", corpus, scale.prefix(P, prefix_tokens=n), **common)])
-        if scale.name != "smoke":
+        if scale.name not in ("smoke", "paper"):
             longer = {"block_size": LONG * scale.block_size, "batch_size": max(1, scale.batch_size // LONG)}
             of_long = {"stage": "retrofit", "start": scale.base(corpus, **longer), **longer}
             control = scale.run(f"control, {FAR}", corpus, scale.prefix(1), **of_long)
