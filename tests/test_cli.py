@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from parscale.cli import main
+from parscale.generate import complete
+from parscale.load import load_tokenizer
 from tests.corpora import write_corpus
 from tests.small import build, with_streams
 
@@ -45,11 +47,24 @@ def trained(folder: Path, parscale: Run) -> Path:
     return folder / "base"
 
 
+def test_generate_runs_all_streams_on_hard_tokens_alone(trained: Path) -> None:
+    tokenizer = load_tokenizer(trained)
+    shape = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = with_streams(AutoModelForCausalLM.from_config(shape), kv="shared", diversify=("prefix", "lora"))
+    made = {
+        name: complete(model, tokenizer, "def ", max_new_tokens=12, **options)
+        for name, options in {
+            "all": {}, "one": {"streams": 1}, "hard": {"hard_entropy": 0.0}, "easy": {"hard_entropy": 99.0},
+        }.items()
+    }  # fmt: skip
+    assert made["hard"] == made["all"] != made["one"] == made["easy"]
+
+
 def test_generate_and_probe_work_on_a_trained_model(trained: Path, parscale: Run) -> None:
     code, out, error = parscale("generate", trained, "def ", "--max-new-tokens", 4, "--streams", 1)
     assert code == 0, error
     assert out.startswith("def ")
-    for wrong in (("--streams", 3), ("--max-new-tokens", 0), ("--temperature", -1)):
+    for wrong in (("--streams", 3), ("--max-new-tokens", 0), ("--temperature", -1), ("--hard-entropy", 1)):
         code, out, error = parscale("generate", trained, "def ", *wrong)
         assert (code, out) == (2, ""), error
         assert error.strip().count("\n") == 0

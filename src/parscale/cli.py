@@ -49,6 +49,7 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    hard_entropy: float | None = None,
 ) -> None:
     """Complete a prompt, printing the text as it comes.
 
@@ -59,6 +60,8 @@ def generate(
         max_new_tokens: at most so many tokens more.
         temperature: 0 is greedy; above 0 samples.
         seed: of the sampling.
+        hard_entropy: with shared keys and values: one stream where it predicts with no more entropy than so many nats,
+            all streams elsewhere.
     """
     from transformers import TextStreamer
 
@@ -74,6 +77,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         streams=streams,
+        hard_entropy=hard_entropy,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),  # the prompt too, once all is checked
     )
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from parscale.errors import InputError
+from parscale.streams.adaptive import HardTokens
 from parscale.streams.backbone import has_streams
 
 
@@ -17,6 +18,7 @@ def complete(
     temperature: float = 0.0,
     seed: int = 0,
     streams: int | None = None,
+    hard_entropy: float | None = None,
     streamer: Any = None,
 ) -> str:
     """The model's continuation of a prompt, without the prompt.
@@ -29,10 +31,12 @@ def complete(
         temperature: 0 is greedy; above 0 samples.
         seed: of the sampling.
         streams: run this many of the model's streams; None for all that are active.
+        hard_entropy: run one stream where it predicts with no more entropy than so many nats, and `streams` elsewhere.
         streamer: a transformers streamer that gets the tokens as they come.
 
     Raises:
-        InputError: an empty prompt, a negative temperature, no new tokens, or more streams than the model has.
+        InputError: an empty prompt, a negative temperature, no new tokens, more streams than the model has, or an
+            entropy for streams with keys and values of their own.
     """
     if temperature < 0:
         raise InputError(f"temperature={temperature} is not accepted; give a number >= 0")
@@ -41,9 +45,12 @@ def complete(
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise InputError("the prompt is empty; give at least one token of text")
-    if streams is not None and not has_streams(model):
-        raise InputError(f"streams={streams}: {type(model).__name__} has no streams")
-    chosen = {} if streams is None else {"streams": streams}
+    for option, value in (("streams", streams), ("hard_entropy", hard_entropy)):
+        if value is not None and not has_streams(model):
+            raise InputError(f"{option}={value}: {type(model).__name__} has no streams")
+    chosen: Any = {} if streams is None else {"streams": streams}
+    if hard_entropy is not None:
+        chosen = {"streams": HardTokens(hard_entropy, model.streams if streams is None else streams)}
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     ids = model.generate(
