@@ -27,9 +27,9 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Gain:
-    """Of one run over another. `deviations`: the mean in standard deviations, over seeds, of the other's loss; `low`
-    and `high`: 95 % interval of the mean, over seeds. NaN where one seed leaves them open. `worth`: the least gain that
-    counts as one."""
+    """Of one run over another. `deviations`: of losses, the mean in standard deviations of the other's over seeds;
+    `low` and `high`: 95 % interval of the mean, over seeds. NaN where one seed leaves them open. `worth`: the least gain
+    that counts as one."""
 
     mean: float
     deviations: float
@@ -76,7 +76,7 @@ def loss(row: Row) -> float:
     return row["validation_loss"]
 
 
-def gain_of(values: Sequence[float], reference: Sequence[float], worth: float = WORTH) -> Gain:
+def gain_of(values: Sequence[float], reference: Sequence[float], worth: float = WORTH, of_losses: bool = False) -> Gain:
     """`reference` minus `values`, pair by pair: one entry a seed, in the same order."""
     nothing = float("nan")
     gains = np.subtract(reference, values)
@@ -85,7 +85,7 @@ def gain_of(values: Sequence[float], reference: Sequence[float], worth: float = 
     mean = float(gains.mean())
     if len(gains) == 1:
         return Gain(mean, nothing, nothing, nothing, 1)
-    spread = statistics.stdev(reference)
+    spread = statistics.stdev(reference) if of_losses else 0.0
     low, high = interval(gains.tolist())
     return Gain(mean, mean / spread if spread > ROUNDING else nothing, low, high, len(gains), worth)
 
@@ -121,7 +121,8 @@ def paired(
 ) -> Gain:
     """The gain of the run `name` over the run `reference`, over the seeds that both have. Rows of one text."""
     ours, theirs = of_common_seeds(rows, name, reference)
-    return gain_of([value(row) for row in ours], [reference_value(row) for row in theirs])
+    of_losses = value is loss and reference_value is loss
+    return gain_of([value(row) for row in ours], [reference_value(row) for row in theirs], of_losses=of_losses)
 
 
 def growth(rows: Sequence[Row], before: tuple[str, str], after: tuple[str, str]) -> Gain:

@@ -66,6 +66,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 {
                     "text": corpus,
                     "run": name,
+                    "seeds": len(seen),
                     "loss": mean_loss(seen),
                     "gain over control": str(paired(of, name, "control")),
                     "gain over no remedy": "" if remedy == FREE else str(over_none),

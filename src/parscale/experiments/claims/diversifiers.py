@@ -52,6 +52,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 {
                     "text": corpus,
                     "run": name,
+                    "seeds": len(seen),
                     "loss": mean_loss(seen),
                     "gain over control": str(paired(of, name, "control")),
                     "gain over the prefix alone": "" if name == PREFIX else str(gain),

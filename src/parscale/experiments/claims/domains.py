@@ -55,6 +55,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 {
                     "domain": domain,
                     "run": name,
+                    "seeds": len(seen),
                     "loss": mean_loss(seen),
                     "before": statistics.mean(row["start_loss"] for row in seen),
                     "gain over control": "" if name == "control" else str(paired(of, name, "control")),

@@ -59,6 +59,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 {
                     "text": corpus,
                     "run": name,
+                    "seeds": len(seen),
                     "loss": mean_loss(seen),
                     "loss of its control": mean_loss(by_seed(of, control).values()) if gain.seeds else None,
                     "gain over its control": str(gain),

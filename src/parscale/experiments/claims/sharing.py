@@ -77,6 +77,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 {
                     "text": corpus,
                     "run": name,
+                    "seeds": len(seen),
                     "loss": mean_loss(seen),
                     "gain over control": str(paired(of, name, control)),
                     "over as many parameters": str(over_equal) if over_equal and over_equal.seeds else "",
