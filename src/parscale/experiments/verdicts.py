@@ -28,8 +28,8 @@ ROUNDING = 1e-9
 @dataclass(frozen=True)
 class Gain:
     """Of one run over another. `deviations`: of losses, the mean in standard deviations of the other's over seeds;
-    `low` and `high`: 95 % interval of the mean, over seeds. NaN where one seed leaves them open. `worth`: the least gain
-    that counts as one."""
+    `low` and `high`: 95 % interval of the mean, over seeds. NaN where one seed leaves them open. `worth`: the least
+    gain that counts as one."""
 
     mean: float
     deviations: float
