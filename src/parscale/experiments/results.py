@@ -28,7 +28,7 @@ INTRODUCTION = (
     "or more seeds is above 0, not supported where it is nowhere above 0.02 nats, else undecided; a claim is what all "
     "its parts are. Where a section has another control or rule, the names of its runs and its reason say so: law and "
     "theory are judged by fits and ranks, sharing and split by the share of a gain that is kept, smoothing and prefix "
-    "by weights and attention too, efficiency by ratios. Means of a table are over the seeds that each run has. The scale "
+    "by weights and attention too, efficiency by ratios. Means in a table are over the seeds of each run. The scale "
     "smoke proves the machinery alone: its runs are a few steps long and decide nothing. "
     "What the paper's own sizes would take is told in hours of one H100 (h)."
 )
