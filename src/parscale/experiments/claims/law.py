@@ -134,7 +134,7 @@ CLAIM = Claim(
     "law",
     "Loss follows L(N, P) = E + (A / (N·(k·ln P + 1)))^α: P streams are worth k·ln P + 1 times the parameters.",
     "k = 0.39 on code and 0.33 on the Pile (paper, table 3), at 0.5 to 4.4 B parameters, with a prefix each. Below "
-    "nothing is known; here streams have a LoRA each as well, for models so small more than the weights that they share.",
+    "nothing is known; here streams have a LoRA each as well, for models so small more than what they share.",
     runs,
     verdict,
     paper_texts=("code (Stack-V2-Python)", "web text (Pile)"),
