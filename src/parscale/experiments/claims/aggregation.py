@@ -1,12 +1,12 @@
 """Which way to merge is best: the learned weights, the mean, the best stream alone, or the mean of the predictions?"""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import SLOW, Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, names, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, mean_loss, names, paired
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -31,24 +31,36 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             gain = paired(of, learned, learned.removesuffix("learned") + "mean")
             outcomes.append(gain.outcome)
             said.append(f"{learned} over mean on {corpus}: {gain}")
+            measured = [row["measured"] for row in by_seed(of, learned).values()]
+            for way, other in WAYS.items():
+                over = gain_of([m["merged"] for m in measured], [other(m) for m in measured])
+                said.append(f"its weights over {way} of the same model: {over}")
         for name in names(of):
-            measured = [row["measured"] for row in by_seed(of, name).values() if row["measured"]]
-            if measured:
-                table.append({"text": corpus, "run": name} | _ways(measured))
+            seen = list(by_seed(of, name).values())
+            if measured := [row["measured"] for row in seen if row["measured"]]:
+                gain = paired(of, name, "control")
+                about = {"text": corpus, "run": name, "seeds": len(seen), "loss": mean_loss(seen)}
+                table.append(about | {"gain over control": str(gain)} | _ways(measured))
     reason = "Learned weights over the mean, each trained so: " + "; ".join(said) + "."
     return Verdict(combine(outcomes), reason, table)
 
 
+WAYS: dict[str, Callable[[dict], float]] = {
+    "mean of states (= of logits)": lambda measured: measured["uniform"],
+    "mean of probabilities": lambda measured: measured["probabilities"],
+    "best stream alone": lambda measured: min(measured["alone"]),
+}
+"""Other ways to merge the streams of a model that was trained with learned weights."""
+
+
 def _ways(measured: list[dict]) -> dict:
-    """Mean losses over seeds on the same tokens, merged in every way."""
+    """Mean losses over seeds, merged in every way, on the part of the text that they are all measured on."""
     mean = statistics.mean
-    return {
-        "as trained": mean(m["merged"] for m in measured),
-        "mean of states (= of logits)": mean(m["uniform"] for m in measured),
-        "mean of probabilities": mean(m["probabilities"] for m in measured),
-        "best stream alone": mean(min(m["alone"]) for m in measured),
-        "largest weight": mean(max(m["weights"]) for m in measured),
-    }
+    return (
+        {"on a part of the text: as trained": mean(m["merged"] for m in measured)}
+        | {way: mean(map(other, measured)) for way, other in WAYS.items()}
+        | {"largest weight": mean(max(m["weights"]) for m in measured)}
+    )
 
 
 CLAIM = Claim(

@@ -40,7 +40,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 CLAIM = Claim(
     "sft",
     "Tuned on the same instructions, a model with streams ends at a lower loss on held-out answers than one without.",
-    "Lower (paper, section 4.1: the gain of pre-training stays after instruction tuning).",
+    "Open: the base is plain, and gets its streams with the instructions. The paper tunes models that were trained "
+    "with streams, and finds that their gain stays (section 4.1).",
     runs,
     verdict,
     chats=True,
