@@ -17,7 +17,7 @@ LENGTHS = (1, 3, 6, 12, 24, 48, 96)
 STARTS = ("near_identity", "orthogonal", "text", "reparameterized")
 P = 4
 FAR = "n=48, long context"
-DECIDING = ("n=48", "n=96", FAR)
+DECIDING = ("n=48", "n=96")
 """With fewer tokens one of them may be where heads look that look nowhere."""
 LONG = 8
 """Times the scale's context, with as many tokens a step."""
@@ -70,12 +70,13 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             )
             if name.startswith("n=") and name != FAR and gain.seeds:
                 curves.setdefault(corpus, []).append((float(name[2:]), gain.mean))
-        for name in (name for name in streamed if name in DECIDING):
+        for name in (name for name in streamed if name in (*DECIDING, FAR)):
             seen = by_seed(of, name).values()
             fade = gain_of(
                 [_share(row, -1) / _even(row, -1) for row in seen], [_share(r, 0) / _even(r, 0) for r in seen]
             )
-            outcomes.append(fade.outcome)
+            if name in DECIDING:
+                outcomes.append(fade.outcome)
             said.append(f"{corpus}, {name}: {fade}")
     reason = (
         "Share of attention on the prefix over n/(n + t), first eighth of the context less the last: "
