@@ -115,8 +115,45 @@ def test_sequences_beyond_learned_positions_are_refused_in_one_line(trained: Pat
     for verb in ((*asked, "--block-size", 64, "--batch-size", 8), ("eval", "gpt2"), pilot):
         code, _, error = parscale(*verb, "--data", "corpus")
         assert (code, error.count("\n"), "'gpt2' has learned positions for 32 tokens" in error) == (2, 1, True), error
+    code, out, error = parscale("generate", "gpt2", "def main(", "--max-new-tokens", 64)
+    assert (code, out, error.count("\n"), "learned positions for 32 tokens" in error) == (2, "", 1, True), error
     code, _, error = parscale(*asked, "--block-size", 32, "--batch-size", 8, "--evaluations", 1)
     assert code == 0, error  # a prefix takes no position
+    code, _, error = parscale("probe", "g", "--data", "corpus", "--block-size", 64)
+    assert (code, error.count("\n"), "'g' has learned positions for 32 tokens" in error) == (2, 1, True), error
+
+
+def test_a_control_of_another_vocabulary_is_refused(trained: Path, parscale: Run) -> None:
+    build(vocab_size=384).save_pretrained(trained.parent / "other")
+    backend = AutoTokenizer.from_pretrained(trained)
+    backend.add_tokens(["<|one more|>"])
+    backend.save_pretrained(trained.parent / "other")
+    code, _, error = parscale("probe", trained, "--control", "other", "--data", "corpus", "--block-size", 32)
+    assert (code, error.count("\n"), "'other' has another vocabulary" in error) == (2, 1, True), error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("generate", "base", "\udcff\udcfe"), "not UTF-8"),
+        (("generate", "base", "def", "--temperature", "nan"), "temperature=nan"),
+        (("generate", "base", "def", "--seed", 10**22), "seed=10000000000000000000000"),
+        (("probe", "base", "--data", "corpus", "--sequences", 0), "sequences=0"),
+        (("pilot", "base", "--data", "corpus", "--batch-size", 0), "batch_size=0"),
+        (("train", "pretrain", "--output", "inf", "--data", "corpus", "--learning-rate", "inf"), "learning_rate=inf"),
+        (("train", "pretrain", "--output", "c", "--data", "corpus", "--gradient-clip", -1), "gradient_clip=-1"),
+        (("experiment", "baseline", "--workers", 0), "workers=0"),
+        (("experiment", "baseline", "--minutes", -1), "minutes=-1"),
+        (("report", "no-rows"), "no row of an experiment"),
+    ],
+)
+def test_numbers_and_texts_that_cannot_serve(
+    arguments: tuple[object, ...], told: str, trained: Path, parscale: Run
+) -> None:
+    (trained.parent / "no-rows").mkdir(exist_ok=True)
+    (trained.parent / "no-rows" / "baseline.jsonl").write_text('{"a": 1}\n')
+    code, _, error = parscale(*arguments)
+    assert (code, error.count("\n"), told in error) == (2, 1, True), error
 
 
 def test_streams_that_the_model_has_are_gone_on_with_and_others_refused(trained: Path, parscale: Run) -> None:

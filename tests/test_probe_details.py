@@ -1,5 +1,6 @@
 """The closer look against what each number means, computed the long way."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,10 @@ def test_spectrum_counts_directions() -> None:
     assert spectrum_streams(basis[:1].repeat(3, 1, 1, 1)) == pytest.approx(1, abs=1e-4)
     unit = torch.linalg.qr((basis - basis.mean(2, keepdim=True)).flatten(1).T).Q.T.view(3, 1, 50, 8)
     assert spectrum_streams(unit - unit.mean(2, keepdim=True)) == pytest.approx(3, abs=0.05)
+
+
+def test_states_of_a_model_that_has_diverged_have_no_spectrum() -> None:
+    assert math.isnan(spectrum_streams(torch.full((2, 1, 3, 4), torch.nan)))
 
 
 def test_theory_beside_the_measured_gain(model: Any) -> None:

@@ -7,6 +7,7 @@ import torch
 from parscale.errors import InputError
 from parscale.streams.adaptive import HardTokens
 from parscale.streams.backbone import has_streams
+from parscale.train.shapes import learned_positions
 
 
 def complete(
@@ -35,16 +36,29 @@ def complete(
         streamer: a transformers streamer that gets the tokens as they come.
 
     Raises:
-        InputError: an empty prompt, a negative temperature, no new tokens, more streams than the model has, or an
-            entropy for streams with keys and values of their own.
+        InputError: an empty prompt or one that is no text, more tokens than the model has learned positions, a number
+            that is not accepted, more streams than the model has, or an entropy for streams with keys of their own.
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise InputError(f"temperature={temperature} is not accepted; give a number >= 0")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} is not accepted; give an integer >= 1")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed={seed} is not accepted; give an integer from 0 to {2**63 - 1}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not UTF-8 text") from None
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
         raise InputError("the prompt is empty; give at least one token of text")
+    places = learned_positions(model)
+    if places is not None and length + max_new_tokens > places:
+        raise InputError(
+            f"a prompt of {length} tokens and max_new_tokens={max_new_tokens}: the model has learned positions for "
+            f"{places} tokens; give no more"
+        )
     for option, value in (("streams", streams), ("hard_entropy", hard_entropy)):
         if value is not None and not has_streams(model):
             raise InputError(f"{option}={value}: {type(model).__name__} has no streams")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -115,7 +115,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):  # says the key alone
         return repr(error)
     first = first_line(error)
-    if not first.endswith(":"):
+    if not first.rstrip().endswith(":"):
         return first
     return " ".join(map(str.strip, str(error).strip().splitlines()[:2]))  # a heading and what stands under it
 
@@ -123,9 +123,13 @@ def _reason(error: Exception) -> str:
 def _folder(name: str | Path) -> Path:
     """Where the adapters of a repository on the hub lie here once they are fetched; else the name itself."""
     if not Path(name).exists():
+        unreachable = False
         for file in (MANIFEST, LORA):
             try:
-                hf_hub_download(str(name), file)
+                hf_hub_download(str(name), file, local_files_only=unreachable)
+            except LocalEntryNotFoundError:  # without a network every try takes many seconds
+                unreachable = True
+                continue
             except (OSError, ValueError, HfHubHTTPError):  # none there; transformers tells of a name that is no model
                 continue
             return Path(snapshot_download(str(name), allow_patterns=_FETCHED))
@@ -147,12 +151,15 @@ def _check_lora(folder: Path) -> None:
 
 
 def _base(folder: Path) -> str:
-    """The model that the adapters in a folder are for."""
+    """The model that the adapters in a folder are for; one that was named from the folder above stands beside them."""
     with _read_of(folder):
         if (folder / MANIFEST).exists():
             base = json.loads((folder / MANIFEST).read_text())["base"]["name"]
         else:
             base = json.loads((folder / LORA).read_text())["base_model_name_or_path"]
+    beside = folder.parent / str(base)
+    if isinstance(base, str) and not Path(base).exists() and beside.exists():
+        base = str(beside)
     if not isinstance(base, str) or _holds_adapters(_folder(base)):
         raise InputError(f"model {str(folder)!r}: its base {base!r} is not a model")
     return base
@@ -162,7 +169,7 @@ def _base(folder: Path) -> str:
 def _read_of(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"model {str(folder)!r}: its adapters' files cannot be read ({first_line(error)})") from None
 
 
@@ -175,7 +182,10 @@ def _load_adapters(folder: Path, asked: str, options: dict[str, Any]) -> Any:
             f"quantize={asked!r} with model {str(folder)!r}: its base was in {quantize!r} in training; leave "
             "quantize out, or give the same"
         )
-    model = load_model(base, quantize=quantize, **options)
+    try:
+        model = load_model(base, quantize=quantize, **options)
+    except InputError as error:
+        raise InputError(f"model {str(folder)!r}: of its base, {error}") from None
     if (folder / MANIFEST).exists():
         model = load_streams(model, folder, TRAINED if has_streams(model) else DEFAULT)
     if (folder / LORA).exists():
@@ -192,7 +202,9 @@ def _put_on_lora(model: Any, folder: Path) -> Any:
         raise InputError(
             f"model {str(folder)!r} is a LoRA and needs the package peft: pip install 'parscale[peft]'"
         ) from None
-    adapted = get_peft_model(model, PeftConfig.from_pretrained(str(folder)))
+    settings = PeftConfig.from_pretrained(str(folder))
+    settings.base_model_name_or_path = model.name_or_path  # peft warns of a base that was found beside the adapter
+    adapted = get_peft_model(model, settings)
     # `PeftModel.from_pretrained` would only warn of tensors that are missing, and be silent on those that go nowhere.
     found: Any = adapted.load_adapter(str(folder), "default")
     if wrong := [*found.missing_keys, *found.unexpected_keys]:

@@ -100,12 +100,14 @@ def probe_streams(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = N
             losses, (B, T−1) as `token_losses` gives them.
 
     Raises:
-        InputError: the model has no streams, or the batch is shorter than two tokens.
+        InputError: the model has no streams or runs them on hard tokens alone, or the batch is shorter than two tokens.
     """
     if not has_streams(model):
         raise InputError(f"{type(model).__name__} has no streams; call parscale.parallelize(model, StreamsConfig(...))")
     if input_ids.ndim != 2 or input_ids.shape[1] < 2:
         raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; give (batch, length) with a length >= 2")
+    if model.base_model.stream_state.hard is not None:
+        raise InputError("the model runs all its streams on hard tokens alone; call set_streams(p) with a number")
     input_ids = input_ids.to(model.device)
     p = model.streams
     with evaluating(model):
@@ -202,11 +204,23 @@ def probe_model(
     from parscale.load import load_model, load_tokenizer
     from parscale.probe_details import probe_details
     from parscale.train.data import load_text
+    from parscale.train.shapes import check_context
 
+    if sequences < 1:
+        raise InputError(f"sequences={sequences} is not accepted; give an integer >= 1")
     model, tokenizer = load_model(name), load_tokenizer(name)
+    check_context(model, block_size, name)
+    if not has_streams(model):
+        raise InputError(f"model {name!r} has no streams to look at; train some on it with parscale train retrofit")
+    other = None
+    if control is not None:
+        other = load_model(control)
+        check_context(other, block_size, control)
+        if load_tokenizer(control).get_vocab() != tokenizer.get_vocab():
+            raise InputError(f"control {control!r} has another vocabulary than {name!r}: losses cannot be compared")
     text = load_text(list(data), tokenizer=tokenizer, block_size=block_size)
     ids = torch.as_tensor(text.validation[:sequences]["input_ids"])
-    details = probe_details(model, ids, control=load_model(control) if control else None)
+    details = probe_details(model, ids, control=other)
     seen = details.probe
     if as_json:
         print_json(seen.to_dict() | {k: v for k, v in asdict(details).items() if k != "probe"})

@@ -1,5 +1,6 @@
 """A closer look at the streams than a training log can afford: where they look, who learns, who would be missed."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +83,8 @@ def spectrum_streams(hidden: Float[Tensor, "p b t d"]) -> float:
     """(Σλ)²/Σλ², λ the eigenvalues of the streams' covariance over tokens and channels."""
     flat = hidden.float().flatten(1, 2)  # (P, B·T, d)
     rows = (flat - flat.mean(1, keepdim=True)).flatten(1)
+    if not rows.isfinite().all():  # of a model that has diverged
+        return math.nan
     values = torch.linalg.eigvalsh(rows @ rows.T)
     return (values.sum().square() / values.square().sum()).item()
 

@@ -63,6 +63,15 @@ def test_a_lora_is_merged(lora: Path) -> None:
     torch.testing.assert_close(merged[f"{matrix}.weight"], base[f"{matrix}.weight"] + scale * b @ a)
 
 
+def test_a_base_that_was_named_from_above_is_found_beside_the_adapter(lora: Path, monkeypatch) -> None:
+    expected = load_model(lora).state_dict()
+    settings(lora, base_model_name_or_path="base")  # as a run in the folder above writes it
+    monkeypatch.chdir("/")
+    assert all(torch.equal(x, expected[name]) for name, x in load_model(lora).state_dict().items())
+    settings(lora, base_model_name_or_path="nowhere/at/all")
+    assert "of its base, model 'nowhere/at/all'" in refusal(load_model, lora)
+
+
 @pytest.mark.parametrize("beside_a_model", [False, True])
 @pytest.mark.parametrize(
     ("damage", "said"),

@@ -90,6 +90,17 @@ def test_what_cannot_be_paged_is_refused(family: str, config: dict, streams: int
     assert "\n" not in str(error.value)
 
 
+def test_a_cache_that_finds_no_memory_is_refused_in_one_line(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: Any) -> None:
+        raise MemoryError("Memory footprint 1.0 is more than available memory 0.5")
+
+    monkeypatch.setattr(model, "init_continuous_batching", fail)
+    with pytest.raises(InputError, match="cannot be served: Memory footprint"):
+        Engine(model, tokenizer, Limits()).open(1)
+
+
 def test_an_engine_that_died_says_so(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(model, tokenizer, Limits())
     engine.open(1)

@@ -48,7 +48,7 @@ def run_program(program: str, *, seconds: float = 10.0, memory_mib: int = 1024) 
             f"the sandbox needs Linux on one of {', '.join(MACHINES)}; this is {platform.system()}, "
             f"{platform.machine()}. Nothing was run"
         )
-    token = secrets.token_hex(16)  # a program that ends its process early has not passed
+    token = secrets.token_hex(16)  # who ends its process early has not passed, unless it looks for this
     told = {"program": program, "seconds": math.ceil(seconds), "memory": memory_mib << 20, "token": token}
     child = Path(__file__).with_name("confined.py")
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:  # the kernel bounds files, not pipes

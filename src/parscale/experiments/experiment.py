@@ -59,6 +59,10 @@ def run_experiments(
     count = seeds if seeds is not None else 1 if scale == "smoke" else 3
     if count < 1:
         raise InputError(f"seeds={count} is not accepted; give an integer >= 1")
+    if minutes is not None and not minutes > 0:
+        raise InputError(f"minutes={minutes} is not accepted; give a number above 0")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers={workers} is not accepted; give an integer >= 1")
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     machines = {"work": work, "workers": workers, "ray": ray}
     verdicts = {}

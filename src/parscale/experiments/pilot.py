@@ -83,6 +83,8 @@ def run_pilot(
     """
     if not minutes > 0:
         raise InputError(f"minutes={minutes} is not accepted; give a number above 0")
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} is not accepted; give an integer >= 1")
     if not (out / PLAN).is_file():
         check_output(out)
     tokenizer = load_tokenizer(name)

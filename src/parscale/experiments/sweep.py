@@ -143,9 +143,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a file; a last line that was cut short by a kill is none."""
     held = file.read_bytes() if file.is_file() else b""
     try:
-        return [json.loads(line) for line in held[: _whole(held)].splitlines()]
-    except ValueError as error:
+        rows = [json.loads(line) for line in held[: _whole(held)].splitlines()]
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: a line of it is not JSON ({error})") from None
+    if not all(isinstance(row, dict) and {"key", "scale"} <= row.keys() for row in rows):
+        raise InputError(f"{file}: a line of it is no row of an experiment")
+    return rows
 
 
 def perform(task: Task) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Engine:
             manager.start()
         except InputError:
             raise
-        except (ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        except (ValueError, RuntimeError, AttributeError, NotImplementedError, MemoryError) as error:
             raise InputError(f"{type(model).__name__} cannot be served: {first_line(error)}") from None
         self.context = min(self.context, infer_max_single_request_tokens(manager.batch_processor.cache))
         self.managers[streams] = manager

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
+from parscale.errors import InputError
 from parscale.serve.answer import Answer
 from parscale.serve.engine import Engine, EngineDead
 from parscale.serve.metrics import Metrics
@@ -139,7 +140,9 @@ class _Server:
 
     def _check_name(self, name: str) -> None:
         if name != self.name:
-            raise Refusal(404, f"the model {name!r} is not served here", field="model", code="model_not_found")
+            raise Refusal(
+                404, f"the model {name!r} is not served here; {self.name!r} is", field="model", code="model_not_found"
+            )
 
     def _check_places(self, asked: CompletionOptions, wanted: int) -> None:
         places = self.engine.limits.max_requests
@@ -205,7 +208,7 @@ async def _refused(request: Request, error: Exception) -> Response:
         status, told = error.status_code, error_object(str(error.detail), error.status_code)
     elif isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
-    elif isinstance(error, EngineDead):
+    elif isinstance(error, EngineDead | InputError):  # of another p, whose cache finds no memory
         status, told = 503, error_object(str(error), 503)
     else:
         status, told = 500, error_object("the server failed; its log says why", 500)

@@ -3,8 +3,6 @@
 import secrets
 from typing import Any
 
-from jinja2 import TemplateError
-
 from parscale.errors import first_line
 from parscale.serve.engine import Engine
 from parscale.serve.sampling import Sampling
@@ -77,7 +75,7 @@ def _chat(asked: ChatRequest, tokenizer: Any) -> list[int]:
         if "developer" not in tokenizer.get_chat_template():
             chat = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in chat]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template may raise anything, down to ZeroDivisionError
         raise Refusal(400, f"messages: the chat template refuses them: {first_line(error)}", field="messages") from None
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -55,6 +55,7 @@ def serve(
     except ImportError as error:
         raise InputError(f"serving needs packages: pip install 'parscale[serve]' ({error})") from None
     api_key = api_key or os.environ.get(KEY) or None
+    model = model.rstrip("/") or model
     with _listen(host, port) as listening:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         loaded, tokenizer = load_model(model, dtype=dtype).to(device), load_tokenizer(model)

@@ -128,7 +128,9 @@ def attend(
         prefix = prefix[0].to(key.dtype), prefix[1].to(value.dtype)
     length, scaling = query.shape[2], kwargs.get("scaling")
     plain_scores = all(kwargs.get(name) is None for name in _SCORE_CHANGES)
+    mask_by_head = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] > 1
     decoding = implementation == "sdpa" and length == 1 and plain_scores and not torch.is_grad_enabled()
+    decoding = decoding and not mask_by_head
     if decoding and sharing:
         return decode(query, key, value, prefix, attention_mask, scaling, sharing), None
     if decoding and prefix is not None:

@@ -189,7 +189,7 @@ def _read(source: str | os.PathLike[str], revision: str | None) -> tuple[dict[st
         base = manifest["base"]
         if not (isinstance(base["values"]["bfloat16"], str) and base["name"] and base["shapes"]):
             raise TypeError("base is incomplete")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{paths[0]}: not what save_streams writes ({error!r})") from None
     check_readable(paths[1:])
     tensors = load_file(paths[1])

@@ -3,6 +3,7 @@
 Loads nothing heavy, so that the command line can show its help at once.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -61,7 +62,7 @@ class Rates:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "stream_learning_rate", "weight_decay", "head_rate"):
             value = getattr(self, name)
-            if not value >= 0:
+            if not 0 <= value < math.inf:
                 raise InputError(f"{name}={value!r} is not accepted; give a number >= 0")
         if self.learning_rate == 0 and self.stream_learning_rate == 0:
             raise InputError("learning_rate=0 and stream_learning_rate=0: nothing would train; give one above 0")
@@ -225,6 +226,8 @@ class TrainConfig:
         for name in ("keep", "max_skipped", "stream_parallel"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is not accepted; give an integer >= 1")
+        if not self.gradient_clip > 0:
+            raise InputError(f"gradient_clip={self.gradient_clip} is not accepted; give a number above 0")
         if self.save_every is not None and self.save_every < 1:
             raise InputError(f"save_every={self.save_every} is not accepted; give an integer >= 1")
         if not 0 <= self.seed < 2**32:

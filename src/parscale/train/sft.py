@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from parscale.errors import InputError, first_line
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import read_rows
@@ -165,7 +163,7 @@ def _answer(
     try:
         asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(conversation, tokenize=False)
-    except TemplateError as error:  # a mistake in it, or its own refusal of a role
+    except Exception as error:  # a mistake in it, which may raise anything, or its own refusal of a role
         raise InputError(f"{place}: the chat template cannot be applied to it ({first_line(error)})") from None
     if not whole.startswith(asked):
         raise InputError(

@@ -59,20 +59,25 @@ def build(model: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Pr
         raise InputError(f"model={model!r} is not the configuration of a causal LM ({first_line(error)})") from None
 
 
+def learned_positions(model: Any) -> int | None:
+    """For how many tokens a model has learned positions; None where they are computed. A prefix takes none."""
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in POSITIONS
+    ]
+    return min(tables, default=None)
+
+
 def check_context(model: Any, block_size: int, name: str) -> None:
-    """Refuse sequences that are longer than a model's table of positions. Positions that are computed have none, and
-    neither does a prefix take any.
+    """Refuse sequences that are longer than a model's table of positions.
 
     Raises:
         InputError: naming both lengths.
     """
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in POSITIONS:
-            context = module.num_embeddings - getattr(module, "offset", 0)
-            if block_size > context:
-                raise InputError(
-                    f"block_size={block_size}: {name!r} has learned positions for {context} tokens; give no more"
-                )
+    context = learned_positions(model)
+    if context is not None and block_size > context:
+        raise InputError(f"block_size={block_size}: {name!r} has learned positions for {context} tokens; give no more")
 
 
 def check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerBase, model: str) -> None:

@@ -13,8 +13,8 @@ from parscale.probe_details import StreamDetails, probe_details
 from parscale.streams.backbone import has_streams
 
 ADVICE = {
-    "stream collapse": "P streams are no better than one; tell them apart with more than a prefix (diversify with lora "
-    "or rank1), or raise stream_learning_rate",
+    "stream collapse": "P streams are no better than one; give them tokens, a higher stream_learning_rate, or more "
+    "than a prefix to tell them apart (diversify with lora)",
     "weight monoculture": "one stream gets nearly all the weight; train with head_rate=0.1",
 }
 """What helps against each failure that a probe's verdict may name."""
@@ -34,6 +34,7 @@ class StreamWatch:
     def __init__(self, input_ids: Tensor, control: Any = None) -> None:
         self.input_ids = input_ids
         self.control = None if control is None else control_losses(control, input_ids)
+        self.suspected: set[str] = set()
         self.alarmed: set[str] = set()
 
     def look(self, model: Any) -> StreamProbe | None:
@@ -54,10 +55,13 @@ class StreamWatch:
             return probe_details(model, self.input_ids[:rows, :length], control=control)
 
     def alarms(self, seen: StreamProbe, step: int) -> list[str]:
-        """What to say about the two failures, each the first time it is seen."""
-        found = [part for part in seen.verdict.split("; ") if part.partition(" (")[0] in ADVICE.keys() - self.alarmed]
-        self.alarmed.update(part.partition(" (")[0] for part in found)
-        return [f"alarm at step {step}: {part}: {ADVICE[part.partition(' (')[0]]}" for part in found]
+        """What to say about the two failures, each once, when it is seen for the second time in a row: streams that
+        have just begun are no better than one."""
+        failures = {part.partition(" (")[0]: part for part in seen.verdict.split("; ")}
+        lasting = [name for name in failures if name in ADVICE and name in self.suspected and name not in self.alarmed]
+        self.suspected = set(failures)
+        self.alarmed.update(lasting)
+        return [f"alarm at step {step}: {failures[name]}: {ADVICE[name]}" for name in lasting]
 
 
 @contextmanager
