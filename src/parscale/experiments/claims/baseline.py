@@ -4,7 +4,17 @@ from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import PLAIN, Run, Scale, against, remedy
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, gain_points, names, over_control, paired
+from parscale.experiments.verdicts import (
+    Outcome,
+    Row,
+    Verdict,
+    by_corpus,
+    combine,
+    gain_points,
+    names,
+    over_control,
+    paired,
+)
 
 PLAIN_ONE = "P=1, no prefix"
 KINDS = ("prefix+lora", "prefix", "prefix, 0.5B")
@@ -38,7 +48,9 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         if name.startswith("P=") and not name.startswith("P=1")
     }
     said = [f"{name} on {corpus}: {gain}" for (corpus, name), gain in gains.items()]
-    of_kind = {kind: [gain.outcome for (_, name), gain in gains.items() if name.endswith(kind)] for kind in KINDS}
+    of_kind: dict[str, list[Outcome]] = {
+        kind: [gain.outcome for (_, name), gain in gains.items() if name.endswith(kind)] for kind in KINDS
+    }
     said += [f"{kind}: {combine(found)}" for kind, found in of_kind.items() if found]
     places = {name: (name.split(", ")[1], float(name[2:].split(",")[0])) for _, name in gains if "prefix" in name}
     outcome = combine(next((found for found in of_kind.values() if found), []))
