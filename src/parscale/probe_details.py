@@ -123,7 +123,7 @@ def _gradient_share(model: Any, input_ids: Tensor) -> list[float]:
     ]
     if not banks:
         return []
-    loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+    loss = token_losses(model(input_ids=input_ids, use_cache=False).logits, input_ids).mean()
     gradients = torch.autograd.grad(loss, banks, allow_unused=True)  # banks that are generated get none
     squares = [g[:p].flatten(1).square().sum(1) for g in gradients if g is not None]
     if not squares:
