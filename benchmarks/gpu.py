@@ -14,17 +14,14 @@ import argparse
 import copy
 import functools
 import gc
-import json
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import interleaved, write
+from record import interleaved, over_its_weights, resumed, spread, write
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config, StaticCache
 
 import parscale
@@ -122,7 +119,7 @@ def prefill(told: Setting, name: str, batch: int, tokens: int) -> dict[str, Any]
     def run() -> None:
         model(input_ids=ids, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
 
-    return _spread(interleaved({name: run}, told.rounds, warmup=1)[name])
+    return spread(interleaved({name: run}, told.rounds, warmup=1)[name])
 
 
 def decode(told: Setting, name: str, batch: int, tokens: int) -> dict[str, Any]:
@@ -143,9 +140,9 @@ def decode(told: Setting, name: str, batch: int, tokens: int) -> dict[str, Any]:
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         replay = graph(step)
-        found = _spread([t / REPLAYS for t in interleaved({name: lambda: _repeat(replay)}, ROUNDS, warmup=1)[name]])
+        found = spread([t / REPLAYS for t in interleaved({name: lambda: _repeat(replay)}, ROUNDS, warmup=1)[name]])
         return found | {"cache_gb": size / 1e9, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
-    return _spread(interleaved({name: step}, told.rounds, warmup=1)[name]) | {"cache_gb": size / 1e9}
+    return spread(interleaved({name: step}, told.rounds, warmup=1)[name]) | {"cache_gb": size / 1e9}
 
 
 def _repeat(run: Callable[[], None]) -> None:
@@ -177,10 +174,7 @@ def timed_model(name: str, told: Setting) -> Any:
 
 @functools.cache
 def with_streams(kind: str, told: Setting) -> Any:
-    """Streams over the plain model's weights, not copied."""
-    model = plain(SMALL, told)
-    kept = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    return parscale.parallelize(copy.deepcopy(model, kept), KINDS[kind])
+    return over_its_weights(plain(SMALL, told), KINDS[kind])
 
 
 @functools.cache
@@ -202,38 +196,20 @@ def plain(size: str, told: Setting, layers: int = 0, dtype: torch.dtype = torch.
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def _spread(seconds: list[float]) -> dict[str, float]:
-    q1, median, q3 = (_rounded(1e3 * q) for q in statistics.quantiles(seconds, n=4))
-    return {"ms": median, "ms_q1": q1, "ms_q3": q3}
-
-
 def _rounded(x: float) -> float:
     return float(f"{x:.4g}")
 
 
-def measured(told: Setting, file: Path, minutes: float) -> tuple[list[dict[str, Any]], int]:
-    """The rows of the file, and how many are still to be measured when the time is over."""
-    ends = time.monotonic() + 60 * minutes
-    held = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows, left = [], 0
-    for case, run in cases(told):
-        about = {"small": told.small, "layers": told.layers} | case
-        row = next((row for row in held if about.items() <= row.items()), None)
-        if row is None and time.monotonic() < ends:
-            try:
-                row = about | run()
-            except torch.OutOfMemoryError:
-                row = about | {"fits": False}
-            if DEVICE == "cuda":  # a graph holds its memory until it is collected
-                gc.collect()
-                torch.cuda.empty_cache()
-            with file.open("a") as lines:
-                lines.write(json.dumps(row) + "\n")
-            print(row, flush=True)
-        rows += [] if row is None else [row]
-        left += row is None
-    return rows, left
+def fitting(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What it measures, or that it does not fit; and nothing of it left on the GPU."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        return {"fits": False}
+    finally:
+        if DEVICE == "cuda":  # a graph holds its memory until it is collected
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -274,7 +250,13 @@ def main() -> None:
     if options.small:
         told = Setting(True, 2, options.rounds, (1, 4), (64, 256))
     with torch.no_grad():
-        rows, left = measured(told, options.runs, options.minutes)
+        wanted = [
+            ({"small": told.small, "layers": told.layers} | case, functools.partial(fitting, run))
+            for case, run in cases(told)
+        ]
+        found = resumed(wanted, options.runs, options.minutes)
+    rows = [row for row in found if row is not None]
+    left = len(found) - len(rows)
     for line in table(rows):
         print(line)
     print(write(options.name, asdict(told), rows))

@@ -1,5 +1,6 @@
 """How every benchmark times and what stands in every result file: hardware, versions, commit, command, numbers."""
 
+import copy
 import json
 import os
 import platform
@@ -7,13 +8,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from parscale import StreamsConfig, parallelize
 from parscale.output import write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,13 +42,44 @@ def interleaved(cases: dict[str, Callable[[], Any]], rounds: int, warmup: int = 
 
 def summary(seconds: list[float], reference: list[float]) -> dict[str, float]:
     """Median in milliseconds, quartiles, and the median over rounds of the ratio to the reference case."""
+    ratio = statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+    return spread(seconds) | {"ratio": round(ratio, 3)}
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median in milliseconds, and quartiles."""
     quartiles = statistics.quantiles(seconds, n=4)
     return {
         "ms": round(1e3 * statistics.median(seconds), 3),
         "ms_q1": round(1e3 * quartiles[0], 3),
         "ms_q3": round(1e3 * quartiles[2], 3),
-        "ratio": round(statistics.median(a / b for a, b in zip(seconds, reference, strict=True)), 3),
     }
+
+
+def over_its_weights(plain: Any, config: StreamsConfig) -> Any:
+    """A model with streams over the plain one's weights, not copied."""
+    kept = {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]}
+    return parallelize(copy.deepcopy(plain, kept), config)
+
+
+def resumed(
+    wanted: Iterable[tuple[dict[str, Any], Callable[[], dict[str, Any]]]], file: Path, minutes: float
+) -> list[dict[str, Any] | None]:
+    """Each wanted row, as the file holds it, or measured and added to it; None where it was to begin after so many
+    minutes. What tells a row from the others comes with the function that measures the rest of it."""
+    ends = time.monotonic() + 60 * minutes
+    held = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for about, measure in wanted:
+        row = next((row for row in held if about.items() <= row.items()), None)
+        if row is None and time.monotonic() < ends:
+            row = about | measure()
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(row) + "\n")
+            print(row, file=sys.stderr, flush=True)
+        rows.append(row)
+    return rows
 
 
 def write(name: str, settings: dict[str, Any], rows: list[dict[str, Any]]) -> Path:

@@ -10,16 +10,14 @@ CPU only.
 """
 
 import argparse
-import copy
 from typing import Any
 
 import torch
 from core import shape
-from record import interleaved, summary, write
+from record import interleaved, over_its_weights, summary, write
 from transformers import AutoModelForCausalLM
 from worker import Case
 
-import parscale
 from parscale import StreamsConfig
 
 STREAMS = 8
@@ -36,11 +34,7 @@ KINDS = {
 def models(layers: int, dtype: torch.dtype) -> dict[str, Any]:
     """Kind → model; all over the same weights, not copied."""
     plain = AutoModelForCausalLM.from_config(shape(layers), dtype=dtype).eval()
-    shared = {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]}
-    made = {"plain": plain}
-    for kind, config in KINDS.items():
-        made[kind] = parscale.parallelize(copy.deepcopy(plain, dict(shared)), config)
-    return made
+    return {"plain": plain} | {kind: over_its_weights(plain, config) for kind, config in KINDS.items()}
 
 
 def generation(options: argparse.Namespace, built: dict[str, Any]) -> list[dict[str, Any]]:

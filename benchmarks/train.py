@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def main() -> None:
     checkpointing = {"off": [False], "on": [True], "both": [False, True]}[told.checkpointing]
     rows = cases(told.streams, checkpointing)
     wanted = [row | settings | {"round": number} for number in range(told.rounds) for row in rows]
-    seen = measured(wanted, told.runs, time.monotonic() + 60 * told.minutes)
+    found = record.resumed([(row, partial(in_fresh_process, row)) for row in wanted], told.runs, told.minutes)
+    seen = [run for run in found if run is not None]
     if len(seen) < len(wanted):
         print(f"{len(seen)} of {len(wanted)} runs are measured; the same command goes on")
         return
@@ -88,23 +90,6 @@ def cases(streams: list[int], checkpointing: list[bool]) -> list[dict[str, Any]]
         if FROZEN in streams:
             rows.append({"code": "parscale", "streams": FROZEN, "stage": "frozen", "checkpointing": saving})
     return rows
-
-
-def measured(wanted: list[dict[str, Any]], file: Path, deadline: float) -> list[dict[str, Any]]:
-    """The wanted runs with what was measured of them; those that the file does not hold are run, and added to it."""
-    held = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    found = []
-    for row in wanted:
-        run = next((run for run in held if row.items() <= run.items()), None)
-        if run is None and time.monotonic() < deadline:
-            run = row | in_fresh_process(row)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(run) + "\n")
-            print(run, file=sys.stderr, flush=True)
-        if run is not None:
-            found.append(run)
-    return found
 
 
 def in_fresh_process(row: dict[str, Any]) -> dict[str, Any]:

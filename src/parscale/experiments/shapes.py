@@ -31,20 +31,18 @@ def source_of(model: str, vocab_size: int, work: Path) -> str:
     return str(folder)
 
 
-def layers_of(model: str) -> int | None:
-    """The depth of a shape; None for a size of the paper."""
+def layers_and_width(model: str) -> tuple[int, int] | None:
+    """Of a shape; None for a size of the paper."""
     if model in SHAPES:
-        return SHAPES[model][0]
+        return SHAPES[model][:2]
     found = _PATTERN.fullmatch(model)
-    return int(found[1]) if found else None
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def hidden_size(model: str) -> int | None:
     """The width of a shape; None for a size of the paper."""
-    if model in SHAPES:
-        return SHAPES[model][1]
-    found = _PATTERN.fullmatch(model)
-    return int(found[2]) if found else None
+    found = layers_and_width(model)
+    return found[1] if found else None
 
 
 def configuration(model: str, vocab_size: int) -> dict[str, Any]:

@@ -96,6 +96,11 @@ def keeps(share: float, values: Sequence[float], whole: Sequence[float], referen
     return gain_of(values, least, worth=0)
 
 
+def over_another(values: Sequence[float], own: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Losses that gain over `reference` what `values` gain over a reference of their `own`: one entry a seed."""
+    return [theirs - (alone - ours) for ours, alone, theirs in zip(values, own, reference, strict=True)]
+
+
 def outcome_of_share(kept: Gain, whole: Gain) -> Outcome:
     """Whether a share of a gain is kept (`keeps`): undecided where that gain, the `whole`, is itself in doubt, for a
     run that loses less than another one keeps nothing."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from parscale.config import StreamsConfig
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
-from parscale.experiments.shapes import hidden_size, layers_of
+from parscale.experiments.shapes import layers_and_width
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, mean_loss, names, paired
 from parscale.train.prepare import FORGETTING
 
@@ -36,9 +36,9 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 def equal_rank(scale: Scale) -> int:
     """The rank at which one LoRA has, as nearly as it can, the parameters of P streams with a prefix and a LoRA each:
     on the query, key, value, gate and up projections of the shape, with P prefixes and the aggregation head."""
-    layers, d = layers_of(scale.model), hidden_size(scale.model)
-    assert layers is not None
-    assert d is not None
+    shape = layers_and_width(scale.model)
+    assert shape is not None, "a scale that runs has a shape"
+    layers, d = shape
     of_one_rank = layers * (6 * d + 2 * (d + 8 * d // 3 // 8 * 8))
     prefixes = 2 * layers * P * scale.prefix(P).prefix_tokens * d
     head = P * d * d + d + d * P + P

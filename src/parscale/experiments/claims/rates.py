@@ -16,6 +16,7 @@ from parscale.experiments.verdicts import (
     mean_loss,
     names,
     outcome_of_share,
+    over_another,
     paired,
 )
 
@@ -74,8 +75,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 curves.setdefault(f"{corpus}, streams", []).append((1.0, gain.mean))
             if name in NEAR:
                 ran, of_ran, best, of_best = losses_of(of, name, control, CHOSEN, CONTROL)
-                # as if the control were the chosen one's
-                level = [least - (theirs - ours) for ours, theirs, least in zip(ran, of_ran, of_best, strict=True)]
+                level = over_another(ran, of_ran, of_best)
                 outcomes.append(outcome_of_share(keeps(KEPT, level, best, of_best), whole))
                 said.append(f"{name} {gain}")
     reason = "Gains over one stream at the same rate: " + "; ".join(said) + "."

@@ -17,6 +17,7 @@ from parscale.experiments.verdicts import (
     mean_loss,
     names,
     outcome_of_share,
+    over_another,
     over_control,
 )
 
@@ -77,12 +78,12 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         whole, of_whole = "share 1", "control, tokens of share 1"
         for name in sorted((n for n in names(of) if n.endswith("of the tokens") and n[0].isdigit()), key=_share):
             ours, alone, most, alone_too = losses_of(of, name, f"control, {name}", whole, of_whole)
-            level = [theirs - (one - few) for few, one, theirs in zip(ours, alone, alone_too, strict=True)]
-            kept, gained = keeps(KEPT, level, most, alone_too), gain_of(most, alone_too)
-            part = "" if not kept.seeds else f" ({gain_of(ours, alone).mean / gained.mean:.0%} of it)"
+            kept = keeps(KEPT, over_another(ours, alone, alone_too), most, alone_too)
+            gain, gained = gain_of(ours, alone), gain_of(most, alone_too)
+            part = "" if not kept.seeds else f" ({gain.mean / gained.mean:.0%} of it)"
             said.append(
-                f"{corpus}, at equal tokens, {_share(name):.0%} of them in stage 2: gain {gain_of(ours, alone)} "
-                f"of {gained} from scratch{part}"
+                f"{corpus}, at equal tokens, {_share(name):.0%} of them in stage 2: gain {gain} of {gained} from "
+                f"scratch{part}"
             )
             if _share(name) == OF_TOKENS[0]:
                 outcomes.append(outcome_of_share(kept, gained))
