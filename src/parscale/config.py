@@ -4,6 +4,7 @@ The paper's names stand in `config.json` where the released checkpoints have the
 `parscale_attn_smooth`); what those cannot say goes into one dict, `parscale`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -36,6 +37,8 @@ class StreamsConfig:
             same, and at right angles from stream to stream), "text" (the keys and values of real text, another for
             every stream), "near_identity" (the model's own loss at step 0), or "reparameterized" (a Tanh MLP makes it
             during training).
+        prefix_scale: how far "normal" and "orthogonal" prefixes start from the mean of the layer's own keys and values,
+            as a multiple of their spread.
         diversify: what tells the streams apart: "prefix" (the paper), "embedding" (one learned vector per stream,
             added to the token embeddings), "lora" (a low-rank update of the projections per stream) and "rank1" (scales
             on the inputs and outputs of the projections per stream). One stream has them too, but for the embedding.
@@ -55,6 +58,7 @@ class StreamsConfig:
     smoothing: float = 0.1
     aggregate: Aggregate = "learned"
     prefix_init: PrefixInit = "normal"
+    prefix_scale: float = 1.0
     diversify: tuple[Diversifier, ...] = ("prefix",)
     lora_rank: int = 8
     kv: KV = "own"
@@ -67,15 +71,21 @@ class StreamsConfig:
             _is_int(self.prefix_tokens) and self.prefix_tokens >= 0, "prefix_tokens", self.prefix_tokens, "an int >= 0"
         )
         _require(
-            isinstance(self.smoothing, int | float)
-            and not isinstance(self.smoothing, bool)
-            and 0 <= self.smoothing <= 1,
-            "smoothing",
-            self.smoothing,
-            "a number from 0 to 1",
+            _is_number(self.smoothing) and 0 <= self.smoothing <= 1, "smoothing", self.smoothing, "a number from 0 to 1"
         )
         _require(self.aggregate in AGGREGATES, "aggregate", self.aggregate, f"one of {AGGREGATES}")
         _require(self.prefix_init in PREFIX_INITS, "prefix_init", self.prefix_init, f"one of {PREFIX_INITS}")
+        _require(
+            _is_number(self.prefix_scale) and 0 < self.prefix_scale < math.inf,
+            "prefix_scale",
+            self.prefix_scale,
+            "a number > 0",
+        )
+        if self.prefix_scale != 1 and self.prefix_init not in ("normal", "orthogonal"):
+            raise InputError(
+                f"prefix_scale={self.prefix_scale} with prefix_init={self.prefix_init!r} is not accepted; it goes with "
+                "'normal' or 'orthogonal'"
+            )
         given: Any = self.diversify
         chosen = tuple(given) if isinstance(given, list | tuple) else (given,)
         known = all(name in DIVERSIFIERS for name in chosen)
@@ -205,6 +215,10 @@ _RELEASED_NAMES = {
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _jsonable(values: dict[str, Any]) -> dict[str, Any]:

@@ -101,10 +101,41 @@ def test_a_shared_beginning_is_computed_once(
     assert min(found[1:]) >= 8
 
 
-@pytest.mark.parametrize("streams", [{"diversify": ("prefix", "embedding", "lora", "rank1")}, {"streams": 1}])
-def test_other_streams(prompts: list[list[int]], streams: dict[str, Any]) -> None:
+ALL = {"diversify": ("prefix", "embedding", "lora", "rank1")}
+WITH_LORA = {"kv": "shared", "diversify": ("prefix", "lora")}
+
+
+@pytest.mark.parametrize(
+    "streams",
+    [
+        ALL,
+        ALL | {"kv": "shared"},
+        WITH_LORA | {"shared_prefix": True},
+        WITH_LORA | {"plain_first": True, "prefix_tokens": 0},
+        {"streams": 1},
+    ],
+)
+@pytest.mark.parametrize("pairs", [1, attention.PAIRS])
+def test_other_streams(
+    prompts: list[list[int]], streams: dict[str, Any], pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "PAIRS", pairs)  # request by request, or all of them in one call
     model = with_streams(build(), **streams)
     assert run(model, prompts) == alone(model, prompts)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_batch_tokens": 8}], ids=["whole", "in chunks"])
+def test_with_shared_keys_the_first_stream_reads_the_prompts(
+    prompts: list[list[int]], settings: dict[str, int]
+) -> None:
+    """The others run over what something is predicted from: one token of a request in a step."""
+    model, rows = with_streams(build(), **WITH_LORA), []
+    with model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:2].numel())):
+        found = run(model, prompts, paged(**settings))
+    assert found == alone(model, prompts)
+    read = sum(LENGTHS) + 3 * len(LENGTHS)  # a chunk in the middle of a prompt has one more, which nobody reads
+    written = 4 * (NEW - 1) * len(LENGTHS)
+    assert read + written <= sum(rows) <= read + written + (3 * 4 * len(LENGTHS) if settings else 0)
 
 
 def test_streams_without_a_prefix(prompts: list[list[int]]) -> None:
@@ -130,8 +161,11 @@ def test_a_model_without_streams_is_left_to_transformers(prompts: list[list[int]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_other_families(prompts: list[list[int]], family: str, settings: dict[str, Any]) -> None:
-    model = with_streams(build(family, **settings))
+@pytest.mark.parametrize("streams", [{}, WITH_LORA], ids=["own", "shared"])
+def test_other_families(
+    prompts: list[list[int]], family: str, settings: dict[str, Any], streams: dict[str, Any]
+) -> None:
+    model = with_streams(build(family, **settings), **streams)
     assert run(model, prompts) == alone(model, prompts)
 
 

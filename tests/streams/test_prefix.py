@@ -96,7 +96,9 @@ def test_plain_weights_given_streams_by_keyword_never_give_nan(dtype: torch.dtyp
 
 
 @torch.no_grad()
-def test_normal_is_spread_as_the_layers_own_keys_and_values() -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+@pytest.mark.parametrize("start", ["normal", "orthogonal"])
+def test_a_start_is_spread_as_the_layers_own_keys_and_values(start: Any, scale: float) -> None:
     """Per head and channel, as recorded here by an attention function of the test's own. Keys are after RoPE."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -111,12 +113,13 @@ def test_normal_is_spread_as_the_layers_own_keys_and_values() -> None:
     model.set_attn_implementation("recording-test")
     model(calibration)
     n = 2000
-    made: Any = parscale.parallelize(llama(), settings(prefix_tokens=n), calibration=calibration)
+    wanted = settings(prefix_tokens=n, prefix_init=start, prefix_scale=scale)
+    made: Any = parscale.parallelize(llama(), wanted, calibration=calibration)
     for layer, (key, value) in seen.items():
         attention = made.model.layers[layer].self_attn
         for bank, own in ((attention.prefix_k, key), (attention.prefix_v, value)):
             own = own.transpose(0, 1).flatten(1, 2)  # (Hk, B·T, D)
-            mean, std = own.mean(1), own.std(1)
+            mean, std = own.mean(1), scale * own.std(1)
             error = 5 * std / n**0.5  # five standard errors of the bank's own mean
             for stream in bank:
                 assert ((stream.mean(1) - mean).abs() < error).all()

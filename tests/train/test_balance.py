@@ -43,6 +43,27 @@ def test_smoothing_falls_to_the_models_own() -> None:
     assert model.base_model.stream_state.smoothing == 0.1
 
 
+def test_temperature_falls_to_one_and_divides_the_logits() -> None:
+    model, callback = hook(Balance(temperature_start=9.0, smoothing_share=0.5))
+    cooled = with_streams(build())
+    cooled.load_state_dict(model.state_dict())
+    ids, seen = torch.arange(12).view(2, 6), {}
+    for step in (0, 25, 50, 99):
+        begin(callback, step)
+        seen[step] = model.base_model.stream_state.temperature
+        for of_last, own in zip(cooled.base_model.aggregate_layer[2].parameters(), head_of(model), strict=True):
+            of_last.data.copy_(own / seen[step])
+        torch.testing.assert_close(model(ids).logits, cooled(ids).logits)
+        end(callback)
+    assert seen == {0: 9.0, 25: 5.0, 50: 1.0, 99: 1.0}
+    assert model.base_model.stream_state.temperature == 1.0
+
+
+def head_of(model: Any) -> Any:
+    """Weight and bias of the aggregation head's last layer."""
+    return model.base_model.aggregate_layer[2].parameters()
+
+
 def test_smoothing_of_one_is_the_mean_of_the_streams() -> None:
     model, callback = hook(Balance(smoothing_start=1.0))
     mean = with_streams(build(), aggregate="mean")
@@ -126,7 +147,9 @@ def test_some_steps_run_fewer_streams() -> None:
 
 
 def test_a_run_trains_with_them(base: Path, text: PackedText, tmp_path: Path) -> None:
-    settings = Balance(smoothing_start=1.0, load_balance=0.01, decorrelation=0.01, stream_dropout=0.1)
+    settings = Balance(
+        smoothing_start=1.0, temperature_start=4.0, load_balance=0.01, decorrelation=0.01, stream_dropout=0.1
+    )
     streams = StreamsConfig(2, 8, diversify=("prefix", "lora"))
     plain, balanced = (
         train(run("retrofit", tmp_path / str(i), model=str(base), streams=streams, balance=b), data=text)
@@ -137,7 +160,14 @@ def test_a_run_trains_with_them(base: Path, text: PackedText, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"smoothing_start": 2.0}, {"load_balance": -1.0}, {"stream_dropout": 1.5}, {"smoothing_share": 0.0}]
+    "wrong",
+    [
+        {"smoothing_start": 2.0},
+        {"temperature_start": 0.5},
+        {"load_balance": -1.0},
+        {"stream_dropout": 1.5},
+        {"smoothing_share": 0.0},
+    ],
 )
 def test_impossible_values_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):

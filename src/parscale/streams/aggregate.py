@@ -53,6 +53,7 @@ def stream_weights(
     head: AggregationHead | None,
     smoothing: float,
     present: Bool[Tensor, "p b"] | None = None,
+    temperature: float = 1.0,
 ) -> Float[Tensor, "p b t"]:
     """w = softmax(head(h)) in float32 at least, then w ← (1 − ε)·w + ε/P (equation 4). Without a head: 1/P each.
 
@@ -62,6 +63,7 @@ def stream_weights(
         smoothing: ε. It keeps every stream's gradient alive.
         present: which of the streams count in which row, at least one; all by default. The others get weight 0, as if
             the row had been run without them.
+        temperature: what the head's logits are divided by.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if present is None:
@@ -72,6 +74,7 @@ def stream_weights(
     shares = present[..., None].to(dtype) / present.sum(0)[:, None]  # 1/p for the streams that count: (P, B or 1, 1)
     if head is None:
         return shares.expand(hidden.shape[:3])
-    logits = head(masked).masked_fill(~present.T[:, None], -torch.inf)  # (B, T, P)
+    logits = head(masked) if temperature == 1 else head(masked) / temperature
+    logits = logits.masked_fill(~present.T[:, None], -torch.inf)  # (B, T, P)
     weights = logits.softmax(-1, dtype=dtype).permute(2, 0, 1)
     return weights * (1 - smoothing) + smoothing * shares

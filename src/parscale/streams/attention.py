@@ -25,7 +25,7 @@ from parscale.config import StreamsConfig
 from parscale.streams import kv
 from parscale.streams.adaptive import HardTokens
 from parscale.streams.decode import decode
-from parscale.streams.order import divide_tail, duplicate, expand_bank, join_tail
+from parscale.streams.order import Tail, divide_tail, duplicate, expand_bank, join_tail
 
 TAG = "parscale|"
 SUPPORTED = ("eager", "sdpa", "flex_attention")
@@ -33,6 +33,8 @@ LONG = 384
 """Query tokens beyond which, on a CPU, n more in front cost less than the half of the scores that a mask discards."""
 PAIRS = 2**14
 """Pairs of a query and a key, on a CPU, that cost what a call of attention does by itself."""
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
+"""Where the requests of a packed batch begin and end, among its queries and among its keys."""
 _SCORE_CHANGES = ("position_bias", "softcap", "s_aux")  # what `decode` does not compute
 
 
@@ -45,11 +47,11 @@ class StreamState:
         generator: makes the prefixes of each layer while it is there (`PrefixGenerator`); else they are the banks.
         merging: False lets the backbone return the P·B rows of its streams as they are, for a look at each stream.
         present: (p, B), which of the active streams count in which row of the batch; None if all do in all.
-        tail: while stream 0 reads a prompt: how many other streams run over its last token in the same pass, behind it
-            in the sequence.
-        batch: the B rows of that pass, for modules that flatten (B, T) into one dimension.
+        tail: while stream 0 reads a prompt: the tokens of other streams that run in the same pass, behind it in the
+            sequence; else None.
         hard: when to run more than the active streams for a token; None if never.
         smoothing: ε now; training may start with another than the model's own.
+        temperature: of the softmax that gives the weights; other than 1 in training alone.
         observer: called with the streams' final hidden states (p, B, T, d) and weights (p, B, T), before they merge.
         group: the processes that the active streams are split over (train/parallel.py); None if this one runs them all.
     """
@@ -60,10 +62,10 @@ class StreamState:
         self.generator: Callable[[int], tuple[Tensor, Tensor]] | None = None
         self.merging = True
         self.present: Tensor | None = None
-        self.tail = 0
-        self.batch = 0
+        self.tail: Tail | None = None
         self.hard: HardTokens | None = None
         self.smoothing = config.smoothing
+        self.temperature = 1.0
         self.observer: Callable[[Tensor, Tensor], None] | None = None
         self.group: Any = None
 
@@ -108,24 +110,22 @@ def attend(
     and values have P·B rows; or B, those of stream 0, when a cache has kept them alone.
     """
     state: Any = getattr(module, "stream_state", None)
-    if state is not None and state.tail:
-        return _attend_with_tail(module, query, key, value, attention_mask, *args, **kwargs), None
-    inner = inner_attention(module, implementation)
+    tail: Tail | None = None if state is None else state.tail
     sharing = state.active if state is not None and state.shares_kv else 0  # how many read stream 0's keys and values
+    paged = kwargs.pop("cache", None)
     if sharing and key.shape[0] == query.shape[0]:  # no cache was there to drop the other streams' rows
         key, value = kv.of_first_stream(key, value, sharing)
-    paged = kwargs.pop("cache", None)
+    packed: dict[str, Any] = {}
     if paged is not None:  # updated here: the inner function would write the prefix into it with the rest
+        key, value = kv.before_tail(key, value, tail)
         key, value = paged.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-        requests = len(kwargs.get("cu_seq_lens_q", ())) - 1
-        pairs = query.shape[2] * key.shape[2]
-        if query.device.type == "cpu" and requests > 1 and pairs > PAIRS * requests:
-            return _attend_by_request(
-                module, query, key, value, attention_mask, *args, implementation=implementation, **kwargs
-            ), None
-    prefix = prefix_of(module)
-    if prefix is not None:
-        prefix = prefix[0].to(key.dtype), prefix[1].to(value.dtype)
+        packed = {name: kwargs.pop(name) for name in _PACKED}
+    if tail is not None:
+        return _attend_with_tail(module, query, key, value, attention_mask, packed, *args, **kwargs), None
+    if _is_better_by_request(query, key, packed):
+        of_all = query, key, value, attention_mask, packed
+        return _attend_by_request(module, *of_all, *args, implementation=implementation, **kwargs), None
+    prefix = _in_dtype_of(key, prefix_of(module))
     length, scaling = query.shape[2], kwargs.get("scaling")
     plain_scores = all(kwargs.get(name) is None for name in _SCORE_CHANGES)
     mask_by_head = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] > 1
@@ -137,10 +137,26 @@ def attend(
         return decode(query, key, value, prefix, attention_mask, scaling, len(prefix[0])), None
     if sharing:
         key, value = duplicate(key, sharing), duplicate(value, sharing)
+    return _concatenated(module, query, key, value, attention_mask, prefix, implementation, *args, **kwargs)
+
+
+def _concatenated(
+    module: Any,
+    query: Float[Tensor, "pb h t d"],
+    key: Float[Tensor, "pb hk s d"],
+    value: Float[Tensor, "pb hk s e"],
+    attention_mask: Any,
+    prefix: tuple[Tensor, Tensor] | None,
+    implementation: str,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What the inner implementation gives for the concatenation of prefix and keys."""
+    inner = inner_attention(module, implementation)
     if prefix is None:
         return inner(module, query, key, value, attention_mask, *args, **kwargs)
     prefix_k, prefix_v = prefix
-    n, rows = prefix_k.shape[2], key.shape[0]
+    length, n, rows = query.shape[2], prefix_k.shape[2], key.shape[0]
     causal = implementation == "sdpa" and attention_mask is None and length > 1
     if causal:
         key, value = key[:, :, :length], value[:, :, :length]  # a static cache is longer; nothing is behind T yet
@@ -157,41 +173,85 @@ def attend(
     return inner(module, query, key, value, attention_mask, *args, **kwargs)
 
 
+def _in_dtype_of(key: Tensor, prefix: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    return None if prefix is None else (prefix[0].to(key.dtype), prefix[1].to(key.dtype))
+
+
+def _is_better_by_request(query: Tensor, key: Tensor, packed: dict[str, Any]) -> bool:
+    """Whether a packed batch has so many pairs of queries and keys of different requests, for the mask to discard, that
+    they cost more than calls do. On a GPU they do not."""
+    requests = len(packed.get("cu_seq_lens_q", ())) - 1
+    return query.device.type == "cpu" and requests > 1 and query.shape[2] * key.shape[2] > PAIRS * requests
+
+
+def _requests(packed: dict[str, Any]) -> list[tuple[slice, slice]]:
+    """Of every request in a packed batch: its queries, and its keys."""
+    of_queries, of_keys = (pairwise(packed[name].tolist()) for name in _PACKED)
+    return [(slice(*q), slice(*k)) for q, k in zip(of_queries, of_keys, strict=True)]
+
+
 def _attend_by_request(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    packed: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Float[Tensor, "pb t h e"]:
-    """The requests of a packed batch one by one. Together, every query would meet the keys of all of them, for the mask
-    to discard."""
-    of_queries, of_keys = (pairwise(kwargs[f"cu_seq_lens_{one}"].tolist()) for one in "qk")
+    """The requests of a packed batch one by one."""
     attended = []
-    for (a, b), (c, d) in zip(of_queries, of_keys, strict=True):
-        own = query[:, :, a:b], key[:, :, c:d], value[:, :, c:d], mask[..., a:b, c:d]
+    for q, k in _requests(packed):
+        own = query[:, :, q], key[:, :, k], value[:, :, k], mask[..., q, k]
         attended.append(attend(module, *own, *args, **kwargs)[0])
     return torch.cat(attended, dim=1)
 
 
 def _attend_with_tail(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    packed: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Float[Tensor, "b n h e"]:
-    """Stream 0's prompt as always, and the last token of the other streams behind it: each sees what the prompt's last
-    token sees, and a prefix of its own. Keys and values are the prompt's alone."""
-    state = module.stream_state
-    length, tail = query.shape[2] - state.tail, state.tail
-    prompt, last = divide_tail(query.transpose(1, 2), tail)  # (B, T, H, D), (tail·B, 1, H, D)
+    """Stream 0's prompt as always, and the other streams' tokens behind it: each sees what the prompt's token at its
+    place sees, and a prefix of its own. Keys and values are the prompt's alone."""
+    state, tail = module.stream_state, module.stream_state.tail
+    prompt, others = divide_tail(query.transpose(1, 2), tail)  # (B, T, H, D), (k·B, r, H, D)
+    length = prompt.shape[1]
     seen = key.shape[2] if mask is not None else length  # without a mask a static cache is longer than what it holds
     mask = None if mask is None else mask[..., :length, :seen]
-    state.tail = 0
+    of_prompt = prompt.transpose(1, 2), key, value, mask
+    by_request = _is_better_by_request(of_prompt[0], key, packed)
+    state.tail = None
     try:
-        out, _ = attend(module, prompt.transpose(1, 2), key, value, mask, *args, implementation="sdpa", **kwargs)
+        if by_request:
+            out = _attend_by_request(module, *of_prompt, packed, *args, implementation="sdpa", **kwargs)
+        else:
+            out, _ = attend(module, *of_prompt, *args, implementation="sdpa", **kwargs)
     finally:
         state.tail = tail
-    prefix = _prefix(module, slice(0, 1) if state.config.shared_prefix else slice(1, 1 + tail))
-    if prefix is not None:
-        prefix = prefix[0].to(key.dtype), prefix[1].to(value.dtype)
-    of_last = None if mask is None else mask[..., -1:, :]
-    key, value = key[:, :, :seen], value[:, :, :seen]
-    behind = decode(last.transpose(1, 2), key, value, prefix, of_last, kwargs.get("scaling"), tail)
-    return join_tail(out, behind)
+    own = _prefix(module, slice(0, 1) if state.config.shared_prefix else slice(1, 1 + tail.streams))
+    prefix, scaling = _in_dtype_of(key, own), kwargs.get("scaling")
+    if not packed:
+        of_last = None if mask is None else mask[..., -1:, :]
+        keys = key[:, :, :seen], value[:, :, :seen]
+        return join_tail(out, decode(others.transpose(1, 2), *keys, prefix, of_last, scaling, tail.streams))
+    if not by_request:
+        keys = duplicate(key, tail.streams), duplicate(value, tail.streams)
+        of_places = mask[..., tail.places, :]
+        behind, _ = _concatenated(module, others.transpose(1, 2), *keys, of_places, prefix, "sdpa", *args, **kwargs)
+        return join_tail(out, behind)
+    spans, behind = _requests(packed), []
+    for i, place in enumerate(tail.places.tolist()):
+        k = next(k for q, k in spans if place < q.stop)
+        keys = key[:, :, k], value[:, :, k], prefix, mask[..., place : place + 1, k]
+        behind.append(decode(others[:, i : i + 1].transpose(1, 2), *keys, scaling, tail.streams))
+    return join_tail(out, torch.cat(behind, dim=1))
 
 
 def flex_mask(

@@ -114,8 +114,9 @@ class StreamsBackbone(_HasStreams):
         if self.training and hidden.requires_grad and getattr(self, "gradient_checkpointing", False):
             hidden.register_hook(partial(_check_streams, self.stream_state, self.stream_state.active))
         if tail := self.stream_state.tail:
-            prompt, last = divide_tail(output.last_hidden_state, tail)
-            output.last_hidden_state = self._merge(torch.cat([prompt[None, :, -1:], split(last, tail)]))
+            prompt, others = divide_tail(output.last_hidden_state, tail)
+            first = prompt[None, :, tail.places]
+            output.last_hidden_state = self._merge(torch.cat([first, split(others, tail.streams)]))
         elif self.stream_state.active > 1 and self.stream_state.merging:
             hidden = split(output.last_hidden_state, p)
             if self.stream_state.group is not None:
@@ -139,7 +140,7 @@ class StreamsBackbone(_HasStreams):
                     "set_streams with one number, or one for each row"
                 )
             present = present.repeat_interleave(times, dim=1)
-        weights = stream_weights(hidden, self.aggregate_layer, state.smoothing, present)
+        weights = stream_weights(hidden, self.aggregate_layer, state.smoothing, present, state.temperature)
         if state.observer is not None:
             state.observer(hidden, weights)
         return merge(hidden, weights)

@@ -132,7 +132,7 @@ class StreamsGeneration:
             yield
         finally:
             state.active, state.present, state.hard = before
-            state.tail = 0  # a KeyboardInterrupt in a prompt leaves it
+            state.tail = None  # a KeyboardInterrupt in a prompt leaves it
 
     @property
     def cached_streams(self) -> int:

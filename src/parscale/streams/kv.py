@@ -19,7 +19,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from parscale.errors import InputError
 from parscale.streams.adaptive import run_hard_rows
 from parscale.streams.diversify.calibration import Calibration
-from parscale.streams.order import duplicate, first_stream
+from parscale.streams.order import Tail, duplicate, first_stream, repeat_at
 
 KEYS_AND_VALUES = ("k_proj", "v_proj")
 """Projections that run for stream 0 alone. Where queries, keys and values are one fused matrix, all rows pass it, and
@@ -31,7 +31,7 @@ class FirstStreamCache:
     Modules call nothing but `update`.
     """
 
-    def __init__(self, inner: Cache, streams: int, tail: int) -> None:
+    def __init__(self, inner: Cache, streams: int, tail: Tail | None) -> None:
         self.inner = inner
         self.streams = streams
         self.tail = tail
@@ -40,14 +40,19 @@ class FirstStreamCache:
         self, key_states: Float[Tensor, "pb h t d"], value_states: Float[Tensor, "pb h t e"], *args: Any, **kwargs: Any
     ) -> tuple[Float[Tensor, "b h s d"], Float[Tensor, "b h s e"]]:
         """Write this step's keys and values of stream 0; return all that the batch attends to."""
-        key, value = of_first_stream(key_states, value_states, self.streams)
-        tokens = key.shape[2] - self.tail
-        return self.inner.update(key[:, :, :tokens], value[:, :, :tokens], *args, **kwargs)
+        key, value = before_tail(*of_first_stream(key_states, value_states, self.streams), self.tail)
+        return self.inner.update(key, value, *args, **kwargs)
 
 
 def of_first_stream(key: Tensor, value: Tensor, streams: int) -> tuple[Tensor, Tensor]:
     """Keys and values of stream 0: (P·B, …) → (B, …)."""
     return first_stream(key, streams), first_stream(value, streams)
+
+
+def before_tail(key: Tensor, value: Tensor, tail: Tail | None) -> tuple[Tensor, Tensor]:
+    """Those of stream 0's prompt alone: (B, H, T + k·r, …) → (B, H, T, …)."""
+    tokens = key.shape[2] - (tail.length if tail is not None else 0)
+    return key[:, :, :tokens], value[:, :, :tokens]
 
 
 def check(model: Any, calibration: Calibration) -> None:
@@ -101,6 +106,8 @@ def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, 
     over what comes before them, into the cache, and leave the rest to all streams. The same logits and the same cache.
     """
     end_of_pass(model, (), None)  # a KeyboardInterrupt in the pass before has left it out
+    if kwargs.get("cache") is not None:
+        return _packed_by_first_stream(model, args, kwargs)
     keep, cache = kwargs.get("logits_to_keep", 0), kwargs.get("past_key_values")
     name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
     inputs, mask, positions = kwargs.get(name), kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -124,7 +131,8 @@ def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, 
     cache = DynamicCache(config=model.config) if cache is None else cache
     in_one_pass = keep == 1 and state.active > 1 and name == "input_ids" and (positions is not None or mask is None)
     if in_one_pass and _keeps_order(model, cache):
-        state.active, state.tail, state.batch = 1, state.active - 1, inputs.shape[0]
+        last_place = torch.tensor([inputs.shape[1] - 1], device=inputs.device)
+        state.active, state.tail = 1, Tail(state.active - 1, inputs.shape[0], last_place)
         return args, kwargs | _with_tail(inputs, mask, positions, cache, state.tail)
     before, last = slice(None, -keep), slice(-keep, None)
     with model._running(1):
@@ -145,33 +153,56 @@ def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def end_of_pass(model: Any, args: tuple[Any, ...], output: Any) -> None:
-    """After the causal LM ran a prompt with the other streams' last token behind it, or failed to."""
+    """After the causal LM ran a prompt with the other streams' tokens behind it, or failed to."""
     state = model.base_model.stream_state
-    if state.tail:
-        state.active, state.tail = 1 + state.tail, 0
+    if state.tail is not None:
+        state.active, state.tail = 1 + state.tail.streams, None
 
 
-def _with_tail(ids: Int[Tensor, "b t"], mask: Any, positions: Tensor | None, cache: Cache, tail: int) -> dict[str, Any]:
+def _packed_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before a step of continuous batching, (1, T) with the tokens of many requests, in which part of a prompt is: run
+    stream 0 over all of it, and the others only where something is predicted. The same logits, and the same cache."""
+    state, ids, ends = model.base_model.stream_state, kwargs["input_ids"], kwargs.get("logits_to_keep")
+    if (
+        not state.shares_kv
+        or args
+        or not isinstance(ends, Tensor)
+        or len(ends) == ids.shape[1]  # nothing but last tokens: all streams run over all of it
+        or not _computes_as_decode(model)
+    ):
+        return None
+    state.active, state.tail = 1, Tail(state.active - 1, 1, ends)
+    repeated = {name: repeat_at(kwargs[name], state.tail) for name in ("input_ids", "position_ids")}
+    return args, kwargs | repeated | {"logits_to_keep": 0}  # the rest is left out before it gets there
+
+
+def _with_tail(
+    ids: Int[Tensor, "b t"], mask: Any, positions: Tensor | None, cache: Cache, tail: Tail
+) -> dict[str, Any]:
     """Stream 0's prompt with the last token once more for each other stream, at the same position: one pass instead of
     two. A mask (B, S) counts the tokens behind the prompt as well; of one (B, 1, T, S) their row is the last."""
     if positions is None:
         past = cache.get_seq_length()
         positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        mask = F.pad(mask, (0, tail), value=1)
+        mask = F.pad(mask, (0, tail.length), value=1)
     return {
-        "input_ids": torch.cat([ids, ids[:, -1:].expand(-1, tail)], dim=1),
+        "input_ids": repeat_at(ids, tail),
         "attention_mask": mask,
-        "position_ids": torch.cat([positions, positions[..., -1:].expand(*positions.shape[:-1], tail)], dim=-1),
+        "position_ids": repeat_at(positions, tail),
         "past_key_values": cache,
     }
 
 
 def _keeps_order(model: Any, cache: Cache) -> bool:
-    """Whether tokens that never enter the cache may stand behind the prompt: windows would count them, and only sdpa
-    without a soft cap is what `decode` computes."""
+    """Whether tokens that never enter the cache may stand behind the prompt: windows would count them."""
+    return _computes_as_decode(model) and not any(cache.is_sliding)
+
+
+def _computes_as_decode(model: Any) -> bool:
+    """Whether the model's attention is what `decode` computes: sdpa without a soft cap."""
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
-    return model.config._attn_implementation.endswith("|sdpa") and not capped and not any(cache.is_sliding)
+    return model.config._attn_implementation.endswith("|sdpa") and not capped
 
 
 _DIVIDED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")
@@ -201,7 +232,7 @@ def _rows_of_mask(mask: Any, queries: slice, cut: bool) -> Any:
 
 def _write_first_stream(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state = module.stream_state
-    if not (state.shares_kv or state.tail):
+    if not (state.shares_kv or state.tail is not None):
         return None
     wrap = partial(FirstStreamCache, streams=state.active, tail=state.tail)
     return args, {k: wrap(x) if isinstance(x, Cache) else x for k, x in kwargs.items()}

@@ -4,6 +4,7 @@ A tensor with P·B rows holds stream 0's batch first, then stream 1's, and so on
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, no_type_check
 
 import torch
@@ -35,16 +36,43 @@ def first_stream(x: Float[Tensor, "pb ..."], streams: int) -> Float[Tensor, "b .
     return x[: x.shape[0] // streams]
 
 
-def divide_tail(x: Float[Tensor, "b n ..."], tail: int) -> tuple[Tensor, Tensor]:
-    """A prompt of stream 0 with the last token of `tail` other streams behind it, (B, T + tail, …), in its two parts:
-    the prompt (B, T, …), and one token of each other stream, stream-major (tail·B, 1, …)."""
-    prompt, last = x[:, : x.shape[1] - tail], x[:, x.shape[1] - tail :]
-    return prompt, last.transpose(0, 1).flatten(0, 1)[:, None]
+@dataclass(frozen=True)
+class Tail:
+    """What stands behind a prompt of stream 0 in the same pass: the tokens from which something is predicted, once more
+    for each other stream.
+
+    Args:
+        streams: k, how many others there are.
+        batch: B, for modules that flatten (B, T) into one dimension.
+        places: where in the prompt those tokens are, (r,); the same in every row.
+    """
+
+    streams: int
+    batch: int
+    places: Int[Tensor, " r"]
+
+    @property
+    def length(self) -> int:
+        """How many tokens stand behind the prompt, k·r."""
+        return self.streams * len(self.places)
 
 
-def join_tail(prompt: Float[Tensor, "b t ..."], last: Float[Tensor, "kb 1 ..."]) -> Float[Tensor, "b n ..."]:
+def repeat_at(x: Int[Tensor, "... t"], tail: Tail) -> Int[Tensor, "... n"]:
+    """Ids or positions of a prompt (…, T), and behind it those of the tail, (…, T + k·r)."""
+    return torch.cat([x, *[x[..., tail.places]] * tail.streams], dim=-1)
+
+
+def divide_tail(x: Float[Tensor, "b n ..."], tail: Tail) -> tuple[Tensor, Tensor]:
+    """(B, T + k·r, …) in its two parts: the prompt (B, T, …), and the tokens of the other streams (k·B, r, …)."""
+    length = x.shape[1] - tail.length
+    prompt, last = x[:, :length], x[:, length:]
+    return prompt, last.unflatten(1, (tail.streams, len(tail.places))).transpose(0, 1).flatten(0, 1)
+
+
+def join_tail(prompt: Float[Tensor, "b t ..."], last: Float[Tensor, "kb r ..."]) -> Float[Tensor, "b n ..."]:
     """Undo `divide_tail`."""
-    return torch.cat([prompt, last.squeeze(1).unflatten(0, (-1, prompt.shape[0])).transpose(0, 1)], dim=1)
+    behind = last.unflatten(0, (-1, prompt.shape[0])).transpose(0, 1)  # (B, k, r, …)
+    return torch.cat([prompt, behind.flatten(1, 2)], dim=1)
 
 
 def reorder(index: Int[Tensor, " b"], streams: int) -> Int[Tensor, " pb"]:

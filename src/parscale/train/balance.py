@@ -1,4 +1,4 @@
-"""Keeping the streams apart and in use while they train: an annealed ε, penalties, and dropout of streams.
+"""Keeping the streams apart and in use while they train: ε or a temperature that falls, penalties, dropout of streams.
 
 None of it is the paper's, and none of it stays in the model: a checkpoint runs with its own ε and all its streams.
 """
@@ -34,9 +34,10 @@ class StreamBalance(TrainerCallback):
         """ε of this step, and which streams run in it: a function of the seed and the step, so a resumed run goes on
         as it would have gone."""
         settings, own = self.settings, self.state.config
+        left = max(0.0, 1 - state.global_step / (settings.smoothing_share * state.max_steps))
         if settings.smoothing_start is not None:
-            left = max(0.0, 1 - state.global_step / (settings.smoothing_share * state.max_steps))
             self.state.smoothing = own.smoothing + left * (settings.smoothing_start - own.smoothing)
+        self.state.temperature = 1 + left * (settings.temperature_start - 1)
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + state.global_step)
         if torch.rand((), generator=draw) < settings.fewer_streams:
             self.model.set_streams(int(torch.randint(1, own.streams, (), generator=draw)))
@@ -48,7 +49,8 @@ class StreamBalance(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The model as it is meant to be, before anyone evaluates or saves it."""
         self.model.set_streams(self.state.config.streams)
-        self.state.smoothing, self.state.observer = self.state.config.smoothing, None
+        self.state.smoothing, self.state.temperature = self.state.config.smoothing, 1.0
+        self.state.observer = None
 
     def take_penalty(self) -> Tensor | None:
         """What the last forward pass adds to the loss; None if nothing."""

@@ -76,7 +76,8 @@ class Balance:
 
     Args:
         smoothing_start: ε at the first step; it falls linearly to the model's own. 1 is the mean of the streams.
-        smoothing_share: share of the steps in which it falls.
+        temperature_start: temperature of the weights' softmax at the first step; it falls linearly to 1.
+        smoothing_share: share of the steps in which ε and the temperature fall.
         load_balance: weight of a penalty on uneven shares of the streams, as for sparse experts.
         entropy_floor: effective streams below which a penalty of what the weights' entropy lacks is added.
         decorrelation: weight of a penalty on the squared correlation of the streams' final hidden states.
@@ -85,6 +86,7 @@ class Balance:
     """
 
     smoothing_start: float | None = None
+    temperature_start: float = 1.0
     smoothing_share: float = 0.5
     load_balance: float = 0.0
     entropy_floor: float = 0.0
@@ -100,6 +102,8 @@ class Balance:
         for name in ("load_balance", "entropy_floor", "decorrelation"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name}={getattr(self, name)!r} is not accepted; give a number >= 0")
+        if not 1 <= self.temperature_start < math.inf:
+            raise InputError(f"temperature_start={self.temperature_start!r} is not accepted; give a number >= 1")
         if not 0 < self.smoothing_share <= 1:
             raise InputError(f"smoothing_share={self.smoothing_share!r} is not accepted; give a share of the steps")
 
@@ -111,7 +115,7 @@ class Balance:
     @property
     def is_off(self) -> bool:
         """Whether training is the paper's."""
-        return not (self.penalizes or self.stream_dropout or self.fewer_streams) and self.smoothing_start is None
+        return self == Balance()
 
 
 @dataclass(frozen=True)

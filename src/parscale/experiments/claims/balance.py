@@ -30,6 +30,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     most = scale.streams[-1]
     remedies = {
         "annealed ε": Balance(smoothing_start=1.0),
+        "annealed temperature": Balance(temperature_start=10.0),
         "entropy floor": Balance(entropy_floor=most / 2),
         "decorrelation": Balance(decorrelation=0.1),
         "stream dropout": Balance(stream_dropout=0.1),

@@ -15,8 +15,11 @@ from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, comb
 
 LENGTHS = (1, 3, 6, 12, 24, 48, 96)
 STARTS = ("near_identity", "orthogonal", "text", "reparameterized")
+SPREADS = (0.1, 3.0)
+"""Of the start, times that of the layer's own keys and values."""
 P = 4
 FAR = "n=48, long context"
+FROM_SCRATCH = "from scratch, "
 DECIDING = ("n=48", "n=96")
 """With fewer tokens one of them may be where heads look that look nowhere."""
 LONG = 8
@@ -24,7 +27,8 @@ LONG = 8
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
-    """Stage 2, where a start can mean something: the base's attention is trained."""
+    """Stage 2, where a start can mean something: the base's attention is trained. Its spread from scratch too, where
+    streams have the time to part."""
     lengths, starts = (LENGTHS, STARTS) if scale.name != "smoke" else ((2, 8), STARTS[:2])
     found = []
     for corpus in corpora:
@@ -40,6 +44,12 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         for start in starts:
             control = scale.run(f"control, {start}", corpus, scale.prefix(1, prefix_init=start), **common)
             found += against(control, [scale.run(start, corpus, scale.prefix(P, prefix_init=start), **common)])
+        if scale.name not in ("smoke", "paper"):
+            for place, more in {"": common, FROM_SCRATCH: {}}.items():
+                for spread in SPREADS:
+                    name = f"{place}spread × {spread:g}"
+                    control = scale.run(f"control, {name}", corpus, scale.prefix(1, prefix_scale=spread), **more)
+                    found += against(control, [scale.run(name, corpus, scale.prefix(P, prefix_scale=spread), **more)])
     return found
 
 

@@ -109,9 +109,12 @@ def init(model: Any, calibration: Calibration) -> None:
     if settings.prefix_init == "near_identity":
         _start_near_identity(model, layers, calibration)
         return
-    start = _STARTS.get(settings.prefix_init, init_normal)
     for name, module in layers.items():
-        start(module, calibration.layers[name])
+        if settings.prefix_init == "text":
+            init_text(module, calibration.layers[name])
+        else:
+            start = init_orthogonal if settings.prefix_init == "orthogonal" else init_normal
+            start(module, calibration.layers[name], settings.prefix_scale)
     if settings.prefix_init == "reparameterized":
         width = model.get_input_embeddings().embedding_dim
         generator = PrefixGenerator(layers.values(), settings.prefixes, settings.prefix_tokens, width)
@@ -135,8 +138,9 @@ def modules_with_prefix(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def init_normal(module: Any, statistics: LayerStatistics) -> None:
-    """Every prefix token looks like one of the layer's own: N(mean, std) of its keys and values, per head and channel.
+def init_normal(module: Any, statistics: LayerStatistics, scale: float = 1.0) -> None:
+    """Every prefix token looks like one of the layer's own: N(mean, scale·std) of its keys and values, per head and
+    channel.
 
     A fixed std such as 0.02 is far below what trained keys have: the streams would start alike, and stay so.
     """
@@ -144,13 +148,13 @@ def init_normal(module: Any, statistics: LayerStatistics) -> None:
         (module.prefix_k, statistics.key_mean, statistics.key_std),
         (module.prefix_v, statistics.value_mean, statistics.value_std),
     ):
-        bank.normal_().mul_(std[:, None].to(bank)).add_(mean[:, None].to(bank))
+        bank.normal_().mul_(scale * std[:, None].to(bank)).add_(mean[:, None].to(bank))
 
 
 @torch.no_grad()
-def init_orthogonal(module: Any, statistics: LayerStatistics) -> None:
+def init_orthogonal(module: Any, statistics: LayerStatistics, scale: float = 1.0) -> None:
     """As `init_normal`, but in every head the streams' deviations from the mean, flattened, are at right angles."""
-    init_normal(module, statistics)
+    init_normal(module, statistics, scale)
     for bank, mean in ((module.prefix_k, statistics.key_mean), (module.prefix_v, statistics.value_mean)):
         mean = mean[:, None].to(bank)
         deviation = (bank - mean).transpose(0, 1).flatten(2).float()  # (Hk, P, n·D)
@@ -168,9 +172,6 @@ def init_text(module: Any, statistics: LayerStatistics) -> None:
         places = (torch.arange(n, device=statistics.keys.device) + stream * tokens // streams) % tokens
         module.prefix_k[stream] = statistics.keys[:, places].to(module.prefix_k)
         module.prefix_v[stream] = statistics.values[:, places].to(module.prefix_v)
-
-
-_STARTS = {"orthogonal": init_orthogonal, "text": init_text}
 
 
 @torch.no_grad()

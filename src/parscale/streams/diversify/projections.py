@@ -58,15 +58,15 @@ def by_stream(
     function: Callable[..., Tensor], state: StreamState, rows: tuple[Tensor, ...], banks: tuple[Tensor, ...]
 ) -> Tensor:
     """function(*rows, *banks) with the entries of the streams that the rows, (P·B, …), are of; with `plain_first`, of
-    stream 0's rows the first ones given as they are. Where the last token of other streams stands behind stream 0's
-    prompt, each part gets its own."""
+    stream 0's rows the first ones given as they are. Where other streams' tokens stand behind stream 0's prompt, each
+    part gets its own."""
     own, plain = state.own, state.config.plain_first
     if state.tail and rows[0].ndim == 2:  # a mixture's MLP flattens (B, T)
-        rows = tuple(x.unflatten(0, (state.batch, -1)) for x in rows)
+        rows = tuple(x.unflatten(0, (state.tail.batch, -1)) for x in rows)
         return by_stream(function, state, rows, banks).flatten(0, 1)
     if state.tail and len(banks[0]) > 1:
         prompts, last = zip(*(divide_tail(x, state.tail) for x in rows), strict=True)
-        others = slice(1, 1 + state.tail)
+        others = slice(1, 1 + state.tail.streams)
         first = prompts[0] if plain else function(*prompts, *(b[:1] for b in banks))
         return join_tail(first, function(*last, *(b[others] for b in banks)))
     if not plain or own.start > 0:
