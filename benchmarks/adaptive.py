@@ -1,15 +1,18 @@
 """A p for every token: the loss for each share of hard tokens, and what they cost.
 
     parscale train pretrain --output m --streams 4 --diversify prefix lora --kv shared --fewer-streams 0.5
-    python benchmarks/adaptive.py m
+    python benchmarks/adaptive.py m --plot adaptive.png
 
-MODEL has streams that share keys and values, and was trained at fewer of them too (`--fewer-streams`): else its first
-stream alone is no model. A row: the entropy above which a token is hard, the share of hard tokens,
-the loss in nats, and the passes of one stream that a token takes on average (1 for an easy one, 1 + P for a hard one).
+Each MODEL (a seed each, say) has streams that share keys and values, and was trained at fewer of them too
+(`--fewer-streams`): else its first stream alone is no model. A row: the entropy above which a token is hard, the share
+of hard tokens, the loss in nats, the passes of one stream that a token takes on average (1 for an easy one, 1 + P for a
+hard one), and the share of the gain of all streams, which is the share of hard tokens if these are drawn at random.
 """
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from record import write
@@ -20,23 +23,50 @@ from parscale.streams.adaptive import adaptive_losses
 from parscale.train.data import load_text
 
 
+def measure(folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one model."""
+    model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
+    text = load_text(options.data, tokenizer=tokenizer, block_size=options.block_size)
+    ids = torch.as_tensor(text.validation[: options.sequences]["input_ids"])
+    losses = adaptive_losses(model, ids)
+    alone, whole = losses[0].loss, losses[-1].loss
+    rows = []
+    for one in losses:
+        told = asdict(one) | {"passes": 1 + one.share * model.streams, "gained": (alone - one.loss) / (alone - whole)}
+        rows.append({"model": folder} | {k: round(v, 4) for k, v in told.items()})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Share of the gain by passes, a line for each model, and what hard tokens drawn at random would give."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    for i, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        of_model = [row for row in rows if row["model"] == name]
+        passes, gained = ([row[key] for row in of_model] for key in ("passes", "gained"))
+        axes.plot(passes, gained, marker="o", markersize=3.5, label=f"most entropy, seed {i}")
+    axes.plot([passes[0], passes[-1]], [0, 1], color="0.6", linestyle="--", label="drawn at random")
+    axes.set(xlabel="passes of one stream a token", ylabel="share of the gain of all streams")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=160)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("model")
+    arguments.add_argument("models", nargs="+", metavar="MODEL")
     arguments.add_argument("--data", nargs="+", default=["stdlib"])
     arguments.add_argument("--sequences", type=int, default=64)
     arguments.add_argument("--block-size", type=int, default=128)
+    arguments.add_argument("--plot", type=Path)
     arguments.add_argument("--name", default="adaptive")
     options = arguments.parse_args()
-    model, tokenizer = load_model(options.model).eval(), load_tokenizer(options.model)
-    text = load_text(options.data, tokenizer=tokenizer, block_size=options.block_size)
-    ids = torch.as_tensor(text.validation[: options.sequences]["input_ids"])
-    rows = []
-    for row in adaptive_losses(model, ids):
-        passes = round(1 + row.share * model.streams, 3)
-        rows.append({k: round(v, 4) for k, v in asdict(row).items()} | {"passes": passes})
-        print(rows[-1])
-    print(write(options.name, vars(options) | {"streams": model.streams}, rows))
+    rows = [row for folder in options.models for row in measure(folder, options)]
+    if options.plot is not None:
+        draw(rows, options.plot)
+    print(write(options.name, {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}, rows))
 
 
 if __name__ == "__main__":

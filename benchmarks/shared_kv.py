@@ -1,4 +1,5 @@
-"""Own keys and values, shared ones and the plain model, in one run: prefill, decode, KV cache, training step.
+"""Own keys and values, shared ones and the plain model, in one run: prefill, decode, KV cache, training step; and
+prompts of four requests that continuous batching packs.
 
     python benchmarks/shared_kv.py                                                    # 0.54 B, bf16: needs 10 GB
     python benchmarks/shared_kv.py --layers 2 --rounds 3 --prefill 64 --contexts 512  # small, to try it
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 from core import shape
 from record import interleaved, over_its_weights, summary, write
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from worker import Case
 
 from parscale import StreamsConfig
 
 STREAMS = 8
+REQUESTS = 4
+PAGE = 16
 LORA: Any = ("prefix", "lora")
 KINDS = {
     "own": StreamsConfig(STREAMS),
@@ -65,6 +68,32 @@ def generation(options: argparse.Namespace, built: dict[str, Any]) -> list[dict[
     return rows
 
 
+def batched(options: argparse.Namespace, built: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first token of four requests at once, by prompt length."""
+    rows: list[dict[str, Any]] = []
+    for kind in KINDS:
+        built[kind].set_streams(STREAMS)
+    for tokens in options.batched:
+        runs = {
+            kind: (lambda model=model, n=tokens: first_tokens(model, n, options.step)) for kind, model in built.items()
+        }
+        rows += _timed({"phase": "batched", "requests": REQUESTS, "tokens": tokens}, runs, options.rounds)
+    return rows
+
+
+def first_tokens(model: Any, tokens: int, step: int) -> None:
+    """Have a new batching manager answer four prompts of random tokens, of which no two begin alike, with one each."""
+    prompts = torch.randint(shape(1).vocab_size, (REQUESTS, tokens)).tolist()
+    blocks = REQUESTS * (tokens // PAGE + 2)
+    made = model.generate_batch(
+        prompts,
+        generation_config=GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=step, page_size=PAGE),
+        progress_bar=False,
+    )
+    assert [result.error for result in made.values()] == [None] * REQUESTS
+
+
 def training(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Forward and backward over a sequence, everything training, float32; fewer layers, for their gradients."""
     built = models(options.train_layers, torch.float32)
@@ -95,6 +124,9 @@ def main() -> None:
     arguments.add_argument("--layers", type=int, default=36)
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--prefill", type=int, nargs="*", default=[64, 256, 1024])
+    arguments.add_argument("--batched", type=int, nargs="*", default=[256])
+    arguments.add_argument("--step", type=int, default=512, help="tokens that continuous batching packs into a step")
+    arguments.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="but for training")
     arguments.add_argument("--contexts", type=int, nargs="*", default=[256, 4096, 16384])
     arguments.add_argument("--train-layers", type=int, default=4)
     arguments.add_argument("--train-tokens", type=int, default=256)
@@ -103,7 +135,8 @@ def main() -> None:
     torch.manual_seed(0)
     rows = training(options)
     with torch.no_grad():
-        rows += generation(options, models(options.layers, torch.bfloat16))
+        built = models(options.layers, getattr(torch, options.dtype))
+        rows += generation(options, built) + batched(options, built)
     print(write(options.name, vars(options), rows))
 
 

@@ -1,6 +1,7 @@
 """A sweep trains each run once, whatever stops it, and gives the same text and base to all that are compared."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from parscale.experiments.experiment import parse_corpora, planned
 from parscale.experiments.runs import SCALES, Run
 from parscale.experiments.shapes import configuration, gpu_hours
 from parscale.experiments.sweep import Task, read_rows, sweep
+from parscale.train import faults
 from parscale.train.config import Balance
 from tests.corpora import write_corpus
 
@@ -33,7 +36,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     """Tasks that were performed, in order; nothing is trained."""
     done: list[Task] = []
 
-    def perform(task: Task) -> dict[str, Any]:
+    def perform(task: Task, deadline: float | None) -> dict[str, Any]:
         for need in task.needs():
             assert (need.folder / "train.json").exists()
         if not task.folder.exists():
@@ -138,6 +141,22 @@ def test_another_text_under_the_same_name_is_another_run(tmp_path: Path, monkeyp
 def test_after_the_deadline_nothing_is_begun(tmp_path: Path, trained: list[Task]) -> None:
     assert run(tmp_path, [CONTROL, STREAMED], deadline=0.0) == []
     assert trained == []
+
+
+def test_a_run_under_way_is_stopped_at_the_deadline_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What needs its model does not begin, and in the end the rows are those of a sweep that was not stopped."""
+    monkeypatch.setenv("PARSCALE_CACHE", str(tmp_path / "cache"))
+    given: dict[str, Any] = {"corpora": {"code": (str(write_corpus(tmp_path / "corpus")),)}}
+    expected = run(tmp_path / "whole", [CONTROL, STREAMED], **given)
+    steps = iter([0.0, 0.0, math.inf])
+    with monkeypatch.context() as clock:
+        clock.setattr(faults, "time", SimpleNamespace(time=lambda: next(steps), monotonic=time.monotonic))
+        assert run(tmp_path, [CONTROL, STREAMED], deadline=time.time() + 3600, **given) == []
+    assert "control code 0: stopped after step 3 of 6" in capsys.readouterr().err
+    rows = run(tmp_path, [CONTROL, STREAMED], **given)
+    assert [row["validation_loss"] for row in rows] == [row["validation_loss"] for row in expected]
 
 
 def test_a_text_that_is_not_given_is_named(tmp_path: Path, trained: list[Task]) -> None:

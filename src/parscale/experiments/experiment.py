@@ -45,7 +45,7 @@ def run_experiments(
         work: folder of models and checkpoints.
         workers: processes at once; by default one a GPU, or one.
         ray: address of a Ray cluster that runs them, `auto` or `local`; by default this machine does.
-        minutes: begin no run after so many, of all experiments together; the next call goes on.
+        minutes: stop after so many, of all experiments together; the next call goes on where they stopped.
 
     Raises:
         InputError: no such experiment, too few texts, or bad text.
@@ -63,7 +63,7 @@ def run_experiments(
         raise InputError(f"minutes={minutes} is not accepted; give a number above 0")
     if workers is not None and workers < 1:
         raise InputError(f"workers={workers} is not accepted; give an integer >= 1")
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    deadline = None if minutes is None else time.time() + 60 * minutes
     machines = {"work": work, "workers": workers, "ray": ray}
     verdicts = {}
     for claim in chosen:
@@ -166,7 +166,8 @@ def _run(
         total = None
     else:
         runs = claim.runs(SCALES[scale], list(corpora))
-        total = len(runs) * len(seeds)
+        there = {row["key"] for row in read_rows(results / f"{claim.name}.jsonl")}
+        total = sum(run.key(seed, scale) not in there for run in runs for seed in seeds)
         told: Any = {"seeds": seeds, "scale": scale, "corpora": corpora, "results": results, "deadline": deadline}
         found = sweep(claim.name, runs, **told, **machines)
     for count, row in enumerate(found, 1):

@@ -29,9 +29,10 @@ from parscale.experiments.measure import measure
 from parscale.experiments.runs import SCALES, Run
 from parscale.experiments.shapes import source_of
 from parscale.load import load_model, on_accelerator
+from parscale.output import say
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, load_text, sample
-from parscale.train.faults import catching_sigterm
+from parscale.train.faults import OutOfTime, catching_sigterm
 from parscale.train.prepare import FORGETTING
 from parscale.train.sft import load_chats
 from parscale.train.trainer import TrainResult, finished_run, train
@@ -92,7 +93,8 @@ def sweep(
         work: folder of models.
         workers: processes at once; by default one a GPU, or one.
         ray: address of a Ray cluster whose nodes run them (`cluster.ray_tasks`); by default this machine does.
-        deadline: begin no run once `time.monotonic()` is past it.
+        deadline: in seconds of `time.time()`. No run is begun behind it, and those under way are saved and stopped: the
+            next sweep goes on with them.
 
     Raises:
         InputError: a text that no corpus is given for, or that cannot be read.
@@ -114,9 +116,13 @@ def sweep(
     _check_corpora(pending.values())
     tasks = _with_needed(pending)
     kept = {need.key for task in tasks for need in task.needs()}
+    stopped = False
     for depth in sorted({task.run.depth for task in tasks}):
-        level = [task for task in tasks if task.run.depth == depth]
+        level = [task for task in tasks if task.run.depth == depth and not stopped]
         for task, row in _perform_all(level, workers, ray, deadline):
+            if row is None:  # what needs its model would not find it, whatever a clock says
+                stopped = True
+                continue
             if task.recorded:
                 row = {"experiment": experiment} | row
                 _append(file, row)
@@ -128,8 +134,8 @@ def sweep(
 def measure_once(
     experiment: str, measurements: Measurements, *, scale: str, results: Path, deadline: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of measurements that are not there yet, each yielded once it is on disk; none is begun once
-    `time.monotonic()` is past the deadline."""
+    """The rows of measurements that are not there yet, each yielded once it is on disk; none is begun behind the
+    deadline."""
     file = results / f"{experiment}.jsonl"
     done = {row["key"] for row in read_rows(file)}
     for key, get in measurements:
@@ -151,8 +157,16 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def perform(task: Task) -> dict[str, Any]:
-    """Train one run and look at its model: its row."""
+def perform(task: Task, deadline: float | None = None) -> dict[str, Any] | None:
+    """Train one run and look at its model: its row, or None if it was stopped at the deadline."""
+    try:
+        return _perform(task, deadline)
+    except OutOfTime as told:
+        say(f"{task.run.name} {task.run.corpus} {task.seed}: {told}; the same command goes on")
+        return None
+
+
+def _perform(task: Task, deadline: float | None) -> dict[str, Any]:
     run = task.run
     text = _text_of(task)
     start = task.needs()[0].folder if run.start is not None else None
@@ -179,6 +193,7 @@ def perform(task: Task) -> dict[str, Any]:
         ),
         data=text,
         title=f"{run.name} {run.corpus} {task.seed}",
+        deadline=deadline,
     )
     return _row(task, result, text) if task.recorded else {}
 
@@ -282,15 +297,17 @@ def _with_needed(pending: Mapping[str, Task]) -> list[Task]:
 
 def _perform_all(
     tasks: Sequence[Task], workers: int | None, ray: str | None, deadline: float | None
-) -> Iterator[tuple[Task, dict[str, Any]]]:
-    """Tasks that need nothing of each other, several at once; after the deadline no more are begun."""
+) -> Iterator[tuple[Task, dict[str, Any] | None]]:
+    """Tasks that need nothing of each other, several at once, until the deadline."""
     devices = torch.cuda.device_count()
     count = min(workers or max(1, devices), len(tasks))
+    if not tasks:
+        return
     if ray is None and count <= 1 and devices <= 1:
         for task in tasks:
             if _late(deadline):
                 return
-            yield task, perform(task)
+            yield task, perform(task, deadline)
         return
     for task in {(task.run.corpus, task.run.root.corpus, task.run.stage): task for task in tasks}.values():
         _text_of(task)  # so that the workers find its tokens in the cache, and do not all make them
@@ -298,7 +315,7 @@ def _perform_all(
         queue, running = list(tasks), dict[Future, Task]()
         while queue or running:
             while queue and len(running) < at_once and not _late(deadline):
-                running[submit(perform, task := queue.pop(0))] = task
+                running[submit(perform, task := queue.pop(0), deadline)] = task
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -325,7 +342,7 @@ def _end_together() -> None:
 
 
 def _late(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() > deadline
+    return deadline is not None and time.time() > deadline
 
 
 def _begin_worker(numbers: Any, devices: int) -> None:

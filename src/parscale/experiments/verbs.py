@@ -35,7 +35,7 @@ def experiment(
         work: folder of models and checkpoints.
         workers: processes at once; by default one a GPU, or one.
         ray: run them on a Ray cluster: host:port, auto, or local. All nodes must see the same work folder and texts.
-        minutes: begin no run after so many, of all experiments together; call again to go on.
+        minutes: stop after so many, of all experiments together; runs under way are saved. Call again to go on.
     """
     from parscale.experiments.experiment import run_experiments
 

@@ -6,7 +6,8 @@ position and never enters the KV cache: real tokens keep positions 0 … T−1, 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, no_type_check
@@ -119,9 +120,11 @@ def attend(
     if paged is not None:  # updated here: the inner function would write the prefix into it with the rest
         key, value = kv.before_tail(key, value, tail)
         key, value = paged.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-        packed = {name: kwargs.pop(name) for name in _PACKED}
+        packed = {name: kwargs.pop(name) for name in _PACKED if name in kwargs}
+    if tail is not None and packed:
+        return _attend_packed_with_tail(module, query, key, value, attention_mask, packed, *args, **kwargs), None
     if tail is not None:
-        return _attend_with_tail(module, query, key, value, attention_mask, packed, *args, **kwargs), None
+        return _attend_with_tail(module, query, key, value, attention_mask, *args, **kwargs), None
     if _is_better_by_request(query, key, packed):
         of_all = query, key, value, attention_mask, packed
         return _attend_by_request(module, *of_all, *args, implementation=implementation, **kwargs), None
@@ -209,49 +212,66 @@ def _attend_by_request(
 
 
 def _attend_with_tail(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+) -> Float[Tensor, "b n h e"]:
+    """Stream 0's prompt as always, and the last token of the other streams behind it: each sees what the prompt's last
+    token sees, and a prefix of its own. Keys and values are the prompt's alone."""
+    tail: Tail = module.stream_state.tail
+    prompt, others = divide_tail(query.transpose(1, 2), tail)  # (B, T, H, D), (k·B, 1, H, D)
+    length = prompt.shape[1]
+    seen = key.shape[2] if mask is not None else length  # without a mask a static cache is longer than what it holds
+    mask = None if mask is None else mask[..., :length, :seen]
+    with _prompt_alone(module.stream_state):
+        out, _ = attend(module, prompt.transpose(1, 2), key, value, mask, *args, implementation="sdpa", **kwargs)
+    of_last = None if mask is None else mask[..., -1:, :]
+    keys = key[:, :, :seen], value[:, :, :seen], _prefix_of_others(module, key)
+    behind = decode(others.transpose(1, 2), *keys, of_last, kwargs.get("scaling"), tail.streams)
+    return join_tail(out, behind)
+
+
+def _attend_packed_with_tail(
     module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: Tensor,
     packed: dict[str, Any],
     *args: Any,
     **kwargs: Any,
 ) -> Float[Tensor, "b n h e"]:
-    """Stream 0's prompt as always, and the other streams' tokens behind it: each sees what the prompt's token at its
-    place sees, and a prefix of its own. Keys and values are the prompt's alone."""
-    state, tail = module.stream_state, module.stream_state.tail
-    prompt, others = divide_tail(query.transpose(1, 2), tail)  # (B, T, H, D), (k·B, r, H, D)
-    length = prompt.shape[1]
-    seen = key.shape[2] if mask is not None else length  # without a mask a static cache is longer than what it holds
-    mask = None if mask is None else mask[..., :length, :seen]
-    of_prompt = prompt.transpose(1, 2), key, value, mask
-    by_request = _is_better_by_request(of_prompt[0], key, packed)
-    state.tail = None
-    try:
-        if by_request:
-            out = _attend_by_request(module, *of_prompt, packed, *args, implementation="sdpa", **kwargs)
-        else:
+    """The same for a packed batch: each token behind it sees what the one at its place sees, in its own request."""
+    tail: Tail = module.stream_state.tail
+    prompt, others = divide_tail(query.transpose(1, 2), tail)  # (1, T, H, D), (k, r, H, D)
+    of_prompt, prefix = (prompt.transpose(1, 2), key, value, mask), _prefix_of_others(module, key)
+    if not _is_better_by_request(of_prompt[0], key, packed):
+        with _prompt_alone(module.stream_state):
             out, _ = attend(module, *of_prompt, *args, implementation="sdpa", **kwargs)
+        keys = duplicate(key, tail.streams), duplicate(value, tail.streams), mask[..., tail.places, :], prefix
+        behind, _ = _concatenated(module, others.transpose(1, 2), *keys, "sdpa", *args, **kwargs)
+        return join_tail(out, behind)
+    with _prompt_alone(module.stream_state):
+        out = _attend_by_request(module, *of_prompt, packed, *args, implementation="sdpa", **kwargs)
+    requests, each = _requests(packed), []
+    for i, place in enumerate(tail.places.tolist()):
+        k = next(k for q, k in requests if place < q.stop)
+        keys = key[:, :, k], value[:, :, k], prefix, mask[..., place : place + 1, k]
+        each.append(decode(others[:, i : i + 1].transpose(1, 2), *keys, kwargs.get("scaling"), tail.streams))
+    return join_tail(out, torch.cat(each, dim=1))
+
+
+@contextmanager
+def _prompt_alone(state: StreamState) -> Iterator[None]:
+    tail, state.tail = state.tail, None
+    try:
+        yield
     finally:
         state.tail = tail
-    own = _prefix(module, slice(0, 1) if state.config.shared_prefix else slice(1, 1 + tail.streams))
-    prefix, scaling = _in_dtype_of(key, own), kwargs.get("scaling")
-    if not packed:
-        of_last = None if mask is None else mask[..., -1:, :]
-        keys = key[:, :, :seen], value[:, :, :seen]
-        return join_tail(out, decode(others.transpose(1, 2), *keys, prefix, of_last, scaling, tail.streams))
-    if not by_request:
-        keys = duplicate(key, tail.streams), duplicate(value, tail.streams)
-        of_places = mask[..., tail.places, :]
-        behind, _ = _concatenated(module, others.transpose(1, 2), *keys, of_places, prefix, "sdpa", *args, **kwargs)
-        return join_tail(out, behind)
-    spans, behind = _requests(packed), []
-    for i, place in enumerate(tail.places.tolist()):
-        k = next(k for q, k in spans if place < q.stop)
-        keys = key[:, :, k], value[:, :, k], prefix, mask[..., place : place + 1, k]
-        behind.append(decode(others[:, i : i + 1].transpose(1, 2), *keys, scaling, tail.streams))
-    return join_tail(out, torch.cat(behind, dim=1))
+
+
+def _prefix_of_others(module: Any, key: Tensor) -> tuple[Tensor, Tensor] | None:
+    state = module.stream_state
+    others = slice(0, 1) if state.config.shared_prefix else slice(1, 1 + state.tail.streams)
+    return _in_dtype_of(key, _prefix(module, others))
 
 
 def flex_mask(

@@ -22,6 +22,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from parscale.train.checkpoints import Checkpoints, load_random_state, load_state, save_state
 
+DEADLINE = "the deadline"
+
+
+class OutOfTime(Exception):
+    """A run was stopped at its deadline. It is saved, and the same call with `resume` goes on."""
+
 
 class FaultTolerance:
     """Mixin in front of a `Trainer`: whole checkpoints, bitwise resuming, and steps that are skipped.
@@ -29,12 +35,14 @@ class FaultTolerance:
     Args:
         checkpoints: where the run's state goes.
         max_skipped: stop after so many steps in a row without a finite loss and gradient.
+        deadline: stop after the first step that ends behind it, in seconds of `time.time()`; by default never.
 
     Attributes:
         skipped: how many steps were skipped so far, those before a resume included.
         seconds: how long the run has trained, those before a resume included.
         gradients: norm of the last step's gradient in each parameter group, before clipping.
-        stopped_by: why training stopped early: "SIGTERM", or which groups' gradients were not finite; else None.
+        stopped_by: why training stopped early: "SIGTERM", `DEADLINE`, or which groups' gradients were not finite; else
+            None.
     """
 
     model: Any
@@ -45,10 +53,18 @@ class FaultTolerance:
     accelerator: Any
     is_deepspeed_enabled: bool
 
-    def __init__(self, *args: Any, checkpoints: Checkpoints, max_skipped: int = 10, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        checkpoints: Checkpoints,
+        max_skipped: int = 10,
+        deadline: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.checkpoints = checkpoints
         self.max_skipped = max_skipped
+        self.deadline = deadline
         self.skipped = 0
         self._started = time.monotonic()
         self.gradients: dict[str, float] = {}
@@ -170,11 +186,13 @@ class _Faults(TrainerCallback):
     def __init__(self, trainer: FaultTolerance) -> None:
         self.trainer = trainer
         self.in_a_row, self.trouble = 0, ""
-        self.stop = False
+        self.stop, self.reason = False, ""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        finite, self.stop = _agree(trainer.take_finite_loss(), trainer.terminated.is_set(), args.device)
+        late = trainer.deadline is not None and time.time() > trainer.deadline
+        finite, self.stop = _agree(trainer.take_finite_loss(), late or trainer.terminated.is_set(), args.device)
+        self.reason = DEADLINE if late else "SIGTERM"
         spoilt = [name for name, norm in trainer.gradients.items() if not torch.isfinite(torch.tensor(norm))]
         if finite and not spoilt:
             self.in_a_row = 0
@@ -194,7 +212,7 @@ class _Faults(TrainerCallback):
         if self.trainer.is_deepspeed_enabled:  # its state cannot be kept, so a run of it cannot be stopped to go on
             return
         if self.stop:
-            self.trainer.stopped_by = "SIGTERM"
+            self.trainer.stopped_by = self.reason
         elif self.in_a_row >= self.trainer.max_skipped:
             self.trainer.stopped_by = self.trouble
         if self.trainer.stopped_by is not None:
@@ -202,7 +220,7 @@ class _Faults(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stopped_by == "SIGTERM" and self.trainer.has_run_out_of_patience():
+        if self.trainer.stopped_by == self.reason and self.trainer.has_run_out_of_patience():
             self.trainer.stopped_by = None  # the evaluation in this very step ended the run: nothing is left to go on
 
 

@@ -35,7 +35,7 @@ from parscale.train.balance import StreamBalance
 from parscale.train.checkpoints import PREFIX, SCRATCH, Checkpoints, read_json, run_of
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, sample
-from parscale.train.faults import FaultTolerance, catching_sigterm, command_to_resume
+from parscale.train.faults import DEADLINE, FaultTolerance, OutOfTime, catching_sigterm, command_to_resume
 from parscale.train.loss import IGNORED, chunked_loss
 from parscale.train.model import base_of, model_of, save_model
 from parscale.train.parallel import (
@@ -257,7 +257,12 @@ class _EvaluateLast(TrainerCallback):
 
 
 def train(
-    config: TrainConfig, *, data: PackedText | None = None, title: str | None = None, control: Path | None = None
+    config: TrainConfig,
+    *,
+    data: PackedText | None = None,
+    title: str | None = None,
+    control: Path | None = None,
+    deadline: float | None = None,
 ) -> TrainResult:
     """Run one stage and save the model, its tokenizer and `train.json` into `config.output`.
 
@@ -266,9 +271,11 @@ def train(
         data: text that is packed already, instead of `config.data`.
         title: what the progress bar is called.
         control: folder of a model whose losses the streams' errors are measured against in the log.
+        deadline: save and stop after the first step that ends behind it, in seconds of `time.time()`.
 
     Raises:
         InputError: bad text, model, folder or settings; nothing is left half-written.
+        OutOfTime: the run was stopped at its deadline.
     """
     check_launch(config)
     if config.report_to != "none" and find_spec(config.report_to) is None:
@@ -281,10 +288,12 @@ def train(
     if is_first_process():
         check_output(config.output, resume=config.resume, control=control)
     with _emptied(config.output):
-        return _run(config, data, title, control)
+        return _run(config, data, title, control, deadline)
 
 
-def _run(config: TrainConfig, data: PackedText | None, title: str | None, control: Path | None) -> TrainResult:
+def _run(
+    config: TrainConfig, data: PackedText | None, title: str | None, control: Path | None, deadline: float | None
+) -> TrainResult:
     data, trained = _origin(config, data)
     model = base_of(trained)
     use_cache = getattr(model.config, "use_cache", True)  # the Trainer turns it off for good
@@ -320,6 +329,7 @@ def _run(config: TrainConfig, data: PackedText | None, title: str | None, contro
             smooth=config.smooth_validation,
             checkpoints=checkpoints,
             max_skipped=config.max_skipped,
+            deadline=deadline,
             stream_parallel=config.stream_parallel,
         )
         trainer.remove_callback(PrinterCallback)
@@ -506,8 +516,10 @@ def _check_stopped(trainer: StreamsTrainer) -> None:
     if trainer.stopped_by is None:
         return
     newest = trainer.checkpoints.all()[-1]
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if trainer.stopped_by == DEADLINE:
+        raise OutOfTime(f"stopped after step {step} of {steps}, saved in {newest}")
     if trainer.stopped_by == "SIGTERM":
-        step, steps = trainer.state.global_step, trainer.state.max_steps
         if trainer.is_world_process_zero():
             saved = f"stopped by SIGTERM after step {step} of {steps}, saved in {newest}"
             alone = f"resume with: {command_to_resume()}"
