@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,6 +109,24 @@ def test_models_that_others_need_come_first_and_stay(tmp_path: Path, trained: li
     assert [row["name"] for row in rows] == ["control", "P=2"]  # the base is no row
     kept = {task.run.name for task in trained if task.folder.exists()}
     assert kept == {"base", "control"}
+
+
+def test_workers_give_each_row_to_its_own_task(
+    tmp_path: Path, trained: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is only needed is no row, and stays; that of a row goes when nothing needs it."""
+
+    @contextmanager
+    def threads(count: int, devices: int) -> Iterator[tuple[int, Any]]:
+        with ThreadPoolExecutor(count) as pool:
+            yield count, pool.submit
+
+    monkeypatch.setattr(sweeping, "_processes", threads)
+    monkeypatch.setattr(sweeping, "_text_of", lambda task: None)
+    alone = [replace(CONTROL, name=f"alone {i}", learning_rate=0.1 * i) for i in (1, 2, 3)]
+    rows = run(tmp_path, [alone[0], STREAMED, *alone[1:]], workers=2)
+    assert sorted(row["name"] for row in rows) == ["P=2", "alone 1", "alone 2", "alone 3"]
+    assert {task.run.name for task in trained if task.folder.exists()} == {"control"}
 
 
 def test_a_needed_model_that_is_gone_is_trained_again_but_is_no_new_row(tmp_path: Path, trained: list[Task]) -> None:

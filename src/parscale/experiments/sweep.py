@@ -315,7 +315,8 @@ def _perform_all(
         queue, running = list(tasks), dict[Future, Task]()
         while queue or running:
             while queue and len(running) < at_once and not _late(deadline):
-                running[submit(perform, task := queue.pop(0), deadline)] = task
+                task = queue.pop(0)
+                running[submit(perform, task, deadline)] = task
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
