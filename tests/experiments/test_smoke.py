@@ -39,6 +39,8 @@ def test_two_experiments_and_their_report(
         (("domains", "--corpus", "a=x"), "domains needs 2 texts"),
         (("sft", "--corpus", "a=x"), "sft needs instructions with answers: --chats"),
         (("sft", "--corpus", "a=x", "--chats", "a=y"), "chats=a has the name of a text"),
+        (("sft", "--chats", "a=not/there.jsonl"), "not/there.jsonl: there is no such file or folder"),
+        (("all", "--corpus", "a=not/there.txt"), "not/there.txt: there is no such file or folder"),
         (("baseline", "--seeds", "0"), "seeds=0"),
     ],
 )

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: which tokens are labels, what a run learns, and which rows are refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,20 @@ def test_bad_rows_are_named(row: dict, named: str, tokenizer, tmp_path: Path) ->
     data = (write(tmp_path / "a.jsonl", [row, row | {"id": 1, "prompt": "q"}] if "messages" in row else [row] * 2),)
     with pytest.raises(InputError, match=named):
         load_chats(TrainConfig("sft", tmp_path / "out", data=data), tokenizer)
+
+
+def test_long_examples_are_left_out_where_that_is_asked(
+    tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = capitals(10)
+    config = TrainConfig("sft", tmp_path / "out", data=(write(tmp_path / "a.jsonl", rows),))
+    longer = [{"prompt": "a " * (300 + i), "completion": "b"} for i in range(3)]
+    with_long = TrainConfig("sft", tmp_path / "out", data=(write(tmp_path / "b.jsonl", rows + longer),))
+    kept = load_chats(with_long, tokenizer, leave_out_long=True)
+    whole = load_chats(config, tokenizer)
+    assert len(kept.train) + len(kept.validation) == len(whole.train) + len(whole.validation)
+    told = re.findall(r"(\d) of \d+ examples for \w+ are longer than 256 tokens, and left out", capsys.readouterr().err)
+    assert sum(map(int, told)) == 3
 
 
 def test_a_tokenizer_without_a_template_is_told_what_to_do(base: Path, tmp_path: Path) -> None:

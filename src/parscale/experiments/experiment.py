@@ -15,7 +15,7 @@ from parscale.experiments.shapes import gpu_hours
 from parscale.experiments.sweep import Corpora, measure_once, read_rows, sweep
 from parscale.experiments.verdicts import NOT_RUN, Verdict
 from parscale.output import print_table
-from parscale.train.corpus import STDLIB
+from parscale.train.corpus import STDLIB, check_there
 
 ALL = "all"
 
@@ -63,6 +63,8 @@ def run_experiments(
         raise InputError(f"minutes={minutes} is not accepted; give a number above 0")
     if workers is not None and workers < 1:
         raise InputError(f"workers={workers} is not accepted; give an integer >= 1")
+    for source in (*texts.values(), *talks.values()) if scale != "paper" else ():
+        check_there(source)
     deadline = None if minutes is None else time.time() + 60 * minutes
     machines = {"work": work, "workers": workers, "ray": ray}
     verdicts = {}

@@ -260,7 +260,7 @@ def _text_of(task: Task) -> PackedText:
     if run.stage == "sft":
         data = task.corpora[run.corpus]
         chats = TrainConfig("sft", Path(), data=data, block_size=run.block_size, chat_template="plain")
-        return load_chats(chats, first.tokenizer)
+        return load_chats(chats, first.tokenizer, leave_out_long=True)
     of = {root.corpus: first}
     for name in {run.corpus, run.forgetting} - {root.corpus, ""}:
         of[name] = load_text(

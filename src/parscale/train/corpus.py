@@ -93,6 +93,14 @@ def read_rows(source: Source, split: str = "train") -> Iterator[tuple[str, dict[
             yield from ((f"{one}, row {n}", dict(row)) for n, row in enumerate(_open_data_set(one, split, False)))
 
 
+def check_there(source: Source) -> None:
+    """Raise InputError for a file or folder that does not exist. A data set's name may be any but a path's."""
+    for one in as_list(source):
+        may_be_data_set = isinstance(one, str) and (one == STDLIB or _may_be_data_set(one))
+        if not (may_be_data_set or Path(one).expanduser().exists()):
+            raise InputError(f"{one}: there is no such file or folder")
+
+
 def as_list(source: Source) -> list[str | Path]:
     """A source, or several, as a list."""
     return [source] if isinstance(source, str | Path) else list(source)
@@ -146,11 +154,10 @@ def _documents_of_source(source: str | Path, text_column: str, split: str, strea
     if source == STDLIB:
         yield from _standard_library()
         return
+    check_there(source)
     path = Path(source).expanduser()
     if not path.exists():
-        if isinstance(source, Path) or not _may_be_data_set(source):
-            raise InputError(f"{source}: there is no such file or folder")
-        yield from _data_set(source, text_column, split, streaming)
+        yield from _data_set(str(source), text_column, split, streaming)
     elif path.is_dir():
         for file in sorted(path.rglob("*")):
             hidden = any(part.startswith(".") for part in file.relative_to(path).parts)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from parscale.errors import InputError, first_line
+from parscale.output import say
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import read_rows
 from parscale.train.data import PackedText
@@ -28,11 +29,12 @@ VALIDATION_FRACTION = 0.05
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-def load_chats(config: TrainConfig, tokenizer: Any) -> PackedText:
+def load_chats(config: TrainConfig, tokenizer: Any, *, leave_out_long: bool = False) -> PackedText:
     """The examples of `config.data` and `config.validation`: `input_ids` and `completion_mask` (T,), 1 on the answer.
 
     Without validation data, rows are held out by the hash of their content, 5 % of them. The tokenizer gets the chat
-    template that `config.chat_template` names.
+    template that `config.chat_template` names. With `leave_out_long` examples longer than `config.block_size` are left
+    out, and told, instead of refused.
 
     Raises:
         InputError: a row that is neither `messages` nor `prompt` and `completion`, or has half of a surrogate pair; a
@@ -51,7 +53,7 @@ def load_chats(config: TrainConfig, tokenizer: Any) -> PackedText:
         chosen = sorted(rows)[: max(1, round(VALIDATION_FRACTION * len(rows)))]
         held_out = {digest: rows.pop(digest) for digest in chosen if len(rows) > 1}
     train, validation = (
-        _examples(side.values(), tokenizer, config.block_size, name, config.data)
+        _examples(side.values(), tokenizer, config.block_size, name, config.data, leave_out_long)
         for side, name in ((rows, "training"), (held_out, "validation"))
     )
     return PackedText(
@@ -127,17 +129,27 @@ def _distinct(rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, tuple[str
     return distinct
 
 
-def _examples(rows: Iterable[tuple[str, Any]], tokenizer: Any, block_size: int, side: str, source: Any) -> Any:
+def _examples(
+    rows: Iterable[tuple[str, Any]], tokenizer: Any, block_size: int, side: str, source: Any, leave_out_long: bool
+) -> Any:
     from datasets import Dataset
+
+    long = 0
 
     columns: dict[str, list[list[int]]] = {"input_ids": [], "completion_mask": []}
     for place, row in rows:
         for ids, prompt in examples_of(row, place, tokenizer):
+            if len(ids) > block_size and leave_out_long:
+                long += 1
+                continue
             if len(ids) > block_size:
                 raise InputError(f"{place}: the example has {len(ids)} tokens, block_size={block_size}; raise it")
             columns["input_ids"].append(ids)
             columns["completion_mask"].append([0] * prompt + [1] * (len(ids) - prompt))
-    if not columns["input_ids"]:
+    kept = len(columns["input_ids"])
+    if long:
+        say(f"{long:,} of {kept + long:,} examples for {side} are longer than {block_size} tokens, and left out")
+    if not kept:
         raise InputError(f"data={source}: no answer for {side} is in it; give more rows with an assistant's turn")
     return Dataset.from_dict(columns)
 
