@@ -11,7 +11,7 @@ import pytest
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.evaluate.perplexity import DocumentLosses
-from parscale.experiments.pilot import PilotRow, _held_out, _row, compare, judge, run_pilot
+from parscale.experiments.pilot import FEW_STEPS, PilotRow, _held_out, _row, compare, judge, run_pilot
 from parscale.load import load_model, load_tokenizer
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import Document
@@ -95,6 +95,23 @@ def test_what_to_type_after_a_stop_is_a_command_that_is_there(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["/bin/parscale", verb, "x"])
     assert command_to_resume() == f"parscale {verb} x{flag}"
+
+
+@pytest.mark.slow
+def test_a_pilot_on_a_real_small_llama(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """260 thousand weights that learnt children's stories, on medical answers: it decides, and names its numbers."""
+    monkeypatch.setenv("PARSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("parscale.experiments.pilot.LEAST_STEPS", FEW_STEPS)
+    name, data = shared / "data/models/stories260K", shared / "data/corpora/biomed_medquad.validation.jsonl.zst"
+    options = {"minutes": 0.01, "out": tmp_path / "out", "block_size": 64, "batch_size": 8}
+    record = run_pilot(str(name), data=(str(data),), **options)  # type: ignore[arg-type]
+    rows = {entry["name"]: entry for entry in record["rows"]}
+    assert rows["control"]["loss"] < record["loss_before"]
+    for label, most in (("P=2", 2), ("P=4", 4)):
+        assert rows[label]["low"] < rows[label]["gain"] < rows[label]["high"]
+        assert 1 < rows[label]["memory_ratio"] < most
+        assert rows[label]["latency_ratio"] > 0.5
+    assert record["verdict"].split(":")[0].split(",")[0] in ("Yes", "No", "Undecided")
 
 
 @pytest.mark.slow

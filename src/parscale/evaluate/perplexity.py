@@ -20,6 +20,8 @@ from parscale.train.corpus import Document, read_documents
 from parscale.train.shapes import check_context
 
 RESAMPLES = 2000
+AS_IS: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+"""A document is text: what spells a special token in it is none; and it is read in pieces, however long it is."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def document_losses(
         for document in documents:
             if seen >= tokens:
                 break
-            ids = torch.tensor(tokenizer(document.text, add_special_tokens=False)["input_ids"])[: tokens - seen][:each]
+            ids = torch.tensor(tokenizer(document.text, **AS_IS)["input_ids"])[: tokens - seen][:each]
             losses = [_losses(model, piece) for piece in ids.split(block_size) if len(piece) > 1]
             if losses:
                 read.append(document)
@@ -136,7 +138,7 @@ def _score(model: Any, tokenizer: Any, source: str, block_size: int, tokens: int
         raise InputError(f"data={source}: no document of it has two tokens")
     low, high = bootstrap_of_documents(losses.nats, losses.tokens)
     size = sum(len(document.text.encode()) for document in losses.documents)
-    ids = sum(len(tokenizer(document.text, add_special_tokens=False)["input_ids"]) for document in losses.documents)
+    ids = sum(len(tokenizer(document.text, **AS_IS)["input_ids"]) for document in losses.documents)
     return CorpusScore(
         corpus=Path(source).name,
         documents=len(losses.tokens),

@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 
 from parscale.config import StreamsConfig
+from parscale.cost.measure import latency_ratios
+from parscale.cost.model import Workload, cost, shape_of
 from parscale.errors import InputError
 from parscale.evaluate.perplexity import DocumentLosses, bootstrap_of_documents, document_losses
 from parscale.load import load_model, load_tokenizer, on_accelerator
@@ -34,6 +36,8 @@ HELD_OUT, HELD_OUT_TOKENS, HELD_OUT_DOCUMENTS = 0.05, 50_000, 50
 documents, and one that is long would take all the tokens."""
 PLAN, RECORD = "plan.json", "pilot.json"
 EVALUATIONS, EVALUATION_BLOCKS = 4, 32
+INPUT, OUTPUT = 64, 16
+"""Tokens of the request that is measured."""
 OVERHEAD = 1.2
 """Of a step over its forward and backward pass: the optimiser, looks at the streams, logs."""
 
@@ -113,7 +117,7 @@ def run_pilot(
         )
         losses[label] = _held_out(load_model(out / folder), tokenizer, held_out, block_size)
     before = _held_out(load_model(name), tokenizer, held_out, block_size)
-    costs = _costs(name)
+    costs = _costs(name, runs)
     rows = [_row(label, losses, results, costs) for label in runs]
     over_lora = {f"P={p}": compare(losses[f"P={p}"], losses["LoRA"]) for p in STREAMS}
     record = {
@@ -125,7 +129,7 @@ def run_pilot(
         "rows": [vars(row) for row in rows],
         "over_lora": over_lora,
         "law": _projection(name),
-        "cost": costs.get("note", "measured here: 64 tokens in, 16 out, batch 1"),
+        "cost": f"latency measured here: {INPUT} tokens in, {OUTPUT} out, batch 1; memory derived",
         "verdict": judge(rows, over_lora, len(before.tokens), steps),
     }
     write_text(out / RECORD, json_text(record))
@@ -256,22 +260,20 @@ def _row(
     return replace(row, gain=gain, low=low, high=high, growing=growing, latency_ratio=latency, memory_ratio=memory)
 
 
-def _costs(name: str) -> dict[str, Any]:
-    """P → (latency, memory) over those of one stream, measured here on random weights of the model's shape; or the
-    reason why not, as `note`."""
-    from parscale.cost.measure import measure_table
-    from parscale.cost.model import Workload
-
-    work = Workload(input=64, output=16, dtype="bf16" if torch.cuda.is_available() else "fp32", accounting="counted")
+def _costs(name: str, runs: Mapping[str, StreamsConfig]) -> dict[str, tuple[float, float | None]]:
+    """Latency, measured here, and memory, derived, over those of the model as it is. A LoRA is merged: it costs
+    nothing. Memory is None for a model whose shape the formulas do not know."""
+    work = Workload(input=INPUT, output=OUTPUT, accounting="counted")
+    model = on_accelerator(load_model(name)).eval()
+    ratios = latency_ratios(model, [runs[f"P={p}"] for p in STREAMS], work, repeats=3)
     try:
-        one, *more = measure_table(name, (1, *STREAMS), (1,), work, repeats=3)
-    except InputError as error:
-        return {"note": f"not measured: {error}"}
-    found: dict[str, Any] = {"LoRA": (1.0, 1.0)}
-    for row in more:
-        seconds = row["measured"]["request"]["median"] / one["measured"]["request"]["median"]
-        found[f"P={row['streams']}"] = (seconds, row["memory_gib"] / one["memory_gib"])
-    return found
+        shape = shape_of(name)
+        held = [cost(shape, replace(work, streams=p))["memory_gib"] for p in (1, *STREAMS)]
+        memory: list[float | None] = [one / held[0] for one in held[1:]]
+    except InputError:
+        memory = [None] * len(STREAMS)
+    found: dict[str, tuple[float, float | None]] = {"LoRA": (1.0, 1.0)}
+    return found | {f"P={p}": pair for p, pair in zip(STREAMS, zip(ratios, memory, strict=True), strict=True)}
 
 
 def _projection(name: str) -> dict[str, Any]:
