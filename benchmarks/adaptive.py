@@ -39,7 +39,8 @@ def measure(folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Share of the gain by passes, a line for each model, and what hard tokens drawn at random would give."""
+    """Share of the gain by passes, a line for each model; and what tokens drawn at random would give, behind a pass of
+    one stream that all have, and without it."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
@@ -47,7 +48,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         of_model = [row for row in rows if row["model"] == name]
         passes, gained = ([row[key] for row in of_model] for key in ("passes", "gained"))
         axes.plot(passes, gained, marker="o", markersize=3.5, label=f"most entropy, seed {i}")
-    axes.plot([passes[0], passes[-1]], [0, 1], color="0.6", linestyle="--", label="drawn at random")
+    axes.plot([1, passes[-1]], [0, 1], color="0.6", linestyle="--", label="hard tokens drawn at random")
+    axes.plot([1, passes[-1] - 1], [0, 1], color="0.6", linestyle=":", label="1 or P, drawn without a look")
     axes.set(xlabel="passes of one stream a token", ylabel="share of the gain of all streams")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)

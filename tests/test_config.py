@@ -32,6 +32,7 @@ def test_defaults_are_the_papers_method() -> None:
         ({"smoothing": "0.1"}, "smoothing='0.1'"),
         ({"aggregate": "max"}, "aggregate='max'.*learned.*mean"),
         ({"aggregate": ["mean"]}, r"aggregate=\['mean'\]"),
+        ({"head_init": "one"}, "head_init='one'.*zero.*random"),
         ({"prefix_scale": 0}, "prefix_scale=0"),
         ({"prefix_scale": float("inf")}, "prefix_scale=inf"),
         ({"prefix_scale": "1"}, "prefix_scale='1'"),
@@ -66,7 +67,7 @@ def test_several_streams_need_something_to_tell_them_apart(settings: dict[str, A
         StreamsConfig(streams=8, prefix_tokens=5, smoothing=0.01, aggregate="mean", prefix_init="near_identity"),
         StreamsConfig(streams=2, prefix_tokens=0, diversify=("embedding",)),
         StreamsConfig(streams=2, diversify=("prefix", "embedding")),
-        StreamsConfig(streams=2, prefix_scale=0.1),
+        StreamsConfig(streams=2, prefix_scale=0.1, head_init="random"),
     ],
 )
 def test_json_round_trip(config: StreamsConfig) -> None:

@@ -12,11 +12,13 @@ from typing import Any, Literal
 from parscale.errors import InputError
 
 Aggregate = Literal["learned", "mean"]
+HeadInit = Literal["zero", "random"]
 PrefixInit = Literal["near_identity", "normal", "orthogonal", "text", "reparameterized"]
 Diversifier = Literal["prefix", "embedding", "lora", "rank1"]
 KV = Literal["own", "shared"]
 
 AGGREGATES = ("learned", "mean")
+HEAD_INITS = ("zero", "random")
 PREFIX_INITS = ("near_identity", "normal", "orthogonal", "text", "reparameterized")
 DIVERSIFIERS = ("prefix", "embedding", "lora", "rank1")
 KVS = ("own", "shared")
@@ -33,6 +35,8 @@ class StreamsConfig:
             `streams=1, prefix_tokens=0` is the plain model.
         smoothing: ε of the aggregation weights, w ← (1 − ε)·w + ε/P (paper, section 3.2). In [0, 1].
         aggregate: "learned", an MLP that weighs the streams token by token, or "mean".
+        head_init: how that MLP's last layer starts: "zero", so that all streams start with the same weight and get
+            their share of the gradient, or "random".
         prefix_init: how the prefix starts: "normal" (spread like the layer's own keys and values), "orthogonal" (the
             same, and at right angles from stream to stream), "text" (the keys and values of real text, another for
             every stream), "near_identity" (the model's own loss at step 0), or "reparameterized" (a Tanh MLP makes it
@@ -57,6 +61,7 @@ class StreamsConfig:
     prefix_tokens: int = 48
     smoothing: float = 0.1
     aggregate: Aggregate = "learned"
+    head_init: HeadInit = "zero"
     prefix_init: PrefixInit = "normal"
     prefix_scale: float = 1.0
     diversify: tuple[Diversifier, ...] = ("prefix",)
@@ -74,6 +79,7 @@ class StreamsConfig:
             _is_number(self.smoothing) and 0 <= self.smoothing <= 1, "smoothing", self.smoothing, "a number from 0 to 1"
         )
         _require(self.aggregate in AGGREGATES, "aggregate", self.aggregate, f"one of {AGGREGATES}")
+        _require(self.head_init in HEAD_INITS, "head_init", self.head_init, f"one of {HEAD_INITS}")
         _require(self.prefix_init in PREFIX_INITS, "prefix_init", self.prefix_init, f"one of {PREFIX_INITS}")
         _require(
             _is_number(self.prefix_scale) and 0 < self.prefix_scale < math.inf,

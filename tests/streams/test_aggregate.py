@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+import parscale
+from parscale import StreamsConfig
 from parscale.streams.aggregate import AggregationHead, stream_weights
 from parscale.streams.merge import merge
+from tests.small import build
 
 P, B, T, D = 3, 2, 4, 5
 
@@ -49,6 +52,16 @@ def test_weights_start_equal_and_learn() -> None:
     merge(hidden, weights).square().sum().backward()
     assert head[2].weight.grad is not None
     assert (head[2].weight.grad.abs() > 0).all()
+
+
+def test_a_random_start_prefers_streams_from_the_first_token() -> None:
+    hidden = torch.randn(P, B, T, D)
+    head = AggregationHead(P, D, "random")
+    weights = stream_weights(hidden, head, 0.0)
+    assert (weights - 1 / P).abs().max() > 0.01
+    loaded = parscale.parallelize(build(), StreamsConfig(P, 4, head_init="random"))
+    assert loaded.model.aggregate_layer[2].weight.std().item() == pytest.approx(32**-0.5, rel=0.3)
+    assert (parscale.parallelize(build(), StreamsConfig(P, 4)).model.aggregate_layer[2].weight == 0).all()
 
 
 def test_smoothing_keeps_every_weight_above_its_share(head: AggregationHead, hidden: torch.Tensor) -> None:

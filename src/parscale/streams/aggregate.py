@@ -10,29 +10,36 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from parscale.config import HeadInit
+
 
 class AggregationHead(nn.Sequential):
     """MLP over the P final hidden states of a token: Linear(P·d → d), SiLU, Linear(d → P).
 
-    The last layer starts at zero, so every stream starts with weight 1/P and gets its share of the gradient.
+    The last layer starts at zero, so every stream starts with weight 1/P and gets its share of the gradient; unless
+    `start` is "random".
     """
 
-    def __init__(self, streams: int, hidden_size: int, **factory: Any) -> None:
+    def __init__(self, streams: int, hidden_size: int, start: HeadInit = "zero", **factory: Any) -> None:
         super().__init__(
             nn.Linear(streams * hidden_size, hidden_size, **factory),
             nn.SiLU(),
             nn.Linear(hidden_size, streams, **factory),
         )
         self.streams = streams
+        self.start: HeadInit = start
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A random first layer (std 1/√fan_in, bias 0) and a last layer of zeros: equal weights at step 0."""
+        """A random first layer (std 1/√fan_in, bias 0), and a last one of zeros or as random."""
         first, _, last = self._layers()
         first.weight.normal_(std=first.in_features**-0.5)
         first.bias.zero_()
-        last.weight.zero_()
+        if self.start == "zero":
+            last.weight.zero_()
+        else:
+            last.weight.normal_(std=last.in_features**-0.5)
         last.bias.zero_()
 
     def forward(self, hidden: Float[Tensor, "p b t d"]) -> Float[Tensor, "b t p"]:

@@ -156,7 +156,7 @@ class StreamsBackbone(_HasStreams):
         std = getattr(self.config, "initializer_range", None) or 0.02
         for diversifier in protocol.ALL.values():
             diversifier.reset(module, std)
-        if isinstance(module, AggregationHead):
+        if isinstance(module, AggregationHead) and module.start == "zero":
             init.zeros_(module[2].weight)  # type: ignore[arg-type]
 
     @torch.no_grad()

@@ -97,7 +97,9 @@ def give_streams(model: Any) -> None:
     if settings.kv == "shared":
         kv.attach(model, list(shapes_from_config(model)))
     hidden_size = model.get_input_embeddings().embedding_dim
-    backbone.aggregate_layer = AggregationHead(settings.streams, hidden_size, **place) if settings.has_head else None
+    backbone.aggregate_layer = (
+        AggregationHead(settings.streams, hidden_size, settings.head_init, **place) if settings.has_head else None
+    )
 
 
 def own_config(model: Any) -> Any:

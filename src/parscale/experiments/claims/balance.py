@@ -49,6 +49,8 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         both = f"P={most}, {CHOSEN} and load balance"
         streamed.append(scale.run(both, corpus, scale.lora(most), **EVEN, **SLOW))
         streamed.append(scale.run(f"P={most}, mean", corpus, scale.lora(most, aggregate="mean")))
+        few = scale.streams[-2]  # where a head that starts at zero picks one stream in some seeds alone
+        streamed.append(scale.run(f"P={few}, random head", corpus, scale.lora(few, head_init="random")))
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found
 
