@@ -11,13 +11,13 @@ hard one), and the share of the gain of all streams, which is the share of hard 
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from record import write
 
 import parscale  # noqa: F401  registers the families
+from parscale.law.plot import save_figure
 from parscale.load import load_model, load_tokenizer
 from parscale.streams.adaptive import adaptive_losses
 from parscale.train.data import load_text
@@ -38,12 +38,13 @@ def measure(folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: str) -> None:
     """Share of the gain by passes, a line for each model; and what tokens drawn at random would give, behind a pass of
     one stream that all have, and without it."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.6), dpi=160, layout="constrained")
+    axes = figure.subplots()
     for i, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
         of_model = [row for row in rows if row["model"] == name]
         passes, gained = ([row[key] for row in of_model] for key in ("passes", "gained"))
@@ -53,7 +54,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="passes of one stream a token", ylabel="share of the gain of all streams")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=160)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -62,13 +63,13 @@ def main() -> None:
     arguments.add_argument("--data", nargs="+", default=["stdlib"])
     arguments.add_argument("--sequences", type=int, default=64)
     arguments.add_argument("--block-size", type=int, default=128)
-    arguments.add_argument("--plot", type=Path)
+    arguments.add_argument("--plot")
     arguments.add_argument("--name", default="adaptive")
     options = arguments.parse_args()
     rows = [row for folder in options.models for row in measure(folder, options)]
     if options.plot is not None:
         draw(rows, options.plot)
-    print(write(options.name, {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}, rows))
+    print(write(options.name, vars(options), rows))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import interleaved, over_its_weights, resumed, spread, write
+from record import interleaved, resumed, spread, write
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config, StaticCache
 
 import parscale
 from parscale import StreamsConfig
 from parscale.cost.model import PAPER_SHAPES
 from parscale.experiments.claims.efficiency import FRACTION, LARGE, MIDDLE, SMALL
+from parscale.streams.parallelize import over_its_weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STREAMS = (1, 2, 4, 8)

@@ -1,6 +1,5 @@
 """How every benchmark times and what stands in every result file: hardware, versions, commit, command, numbers."""
 
-import copy
 import json
 import os
 import platform
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 
-from parscale import StreamsConfig, parallelize
 from parscale.output import write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,12 +52,6 @@ def spread(seconds: list[float]) -> dict[str, float]:
         "ms_q1": round(1e3 * quartiles[0], 3),
         "ms_q3": round(1e3 * quartiles[2], 3),
     }
-
-
-def over_its_weights(plain: Any, config: StreamsConfig) -> Any:
-    """A model with streams over the plain one's weights, not copied."""
-    kept = {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]}
-    return parallelize(copy.deepcopy(plain, kept), config)
 
 
 def resumed(

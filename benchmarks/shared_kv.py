@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from core import shape
-from record import interleaved, over_its_weights, summary, write
+from record import interleaved, summary, write
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from worker import Case
 
 from parscale import StreamsConfig
+from parscale.streams.parallelize import over_its_weights
 
 STREAMS = 8
 REQUESTS = 4

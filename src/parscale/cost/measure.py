@@ -4,7 +4,6 @@ The floors that nothing can beat are measured in the same run, so that what is l
 matrix-vector product, which only waits for memory, and arithmetic by a product of large matrices.
 """
 
-import copy
 import ctypes
 import gc
 import os
@@ -113,7 +112,9 @@ def latency_ratios(
 ) -> list[float]:
     """What a request takes with streams of each configuration, over what it takes the plain model itself: the median,
     over rounds that run all of them once. The streams are new, which costs what trained ones cost."""
-    models = [model] + [_over_its_weights(model, replace(one, prefix_init="normal")) for one in streams]
+    from parscale.streams.parallelize import over_its_weights
+
+    models = [model] + [over_its_weights(model, replace(one, prefix_init="normal")) for one in streams]
     prompt = torch.randint(model.config.vocab_size, (workload.batch, workload.input), device=model.device)
     cases = [Case(one, replace(workload, streams=getattr(one, "streams", 1)), prompt) for one in models]
     plain, *others = _interleaved([case.run for case in cases], repeats)
@@ -175,6 +176,8 @@ def _cases(shape: Shape, asked: list[Workload], device: str) -> list[Case]:
     """A case for every workload: the plain model for P = 1, one with streams over the same weights for the rest."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+    from parscale.streams.parallelize import over_its_weights
+
     work = asked[0]
     torch.manual_seed(0)
     kind: Any = Qwen2Config if shape.bias else LlamaConfig
@@ -193,19 +196,11 @@ def _cases(shape: Shape, asked: list[Workload], device: str) -> list[Case]:
     models, most = {False: plain}, max(one.streams for one in asked)
     if most > 1:
         settings = StreamsConfig(streams=most, prefix_tokens=work.prefix_tokens, kv=work.kv)
-        models[True] = _over_its_weights(plain, settings)
+        models[True] = over_its_weights(plain, settings)
     return [
         Case(models[one.streams > 1], one, torch.randint(shape.vocab, (one.batch, one.input), device=device))
         for one in asked
     ]
-
-
-def _over_its_weights(plain: Any, settings: StreamsConfig) -> Any:
-    """A model with new streams over the weights of a plain one, which stays as it is."""
-    from parscale.streams.parallelize import parallelize
-
-    kept = {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]}
-    return parallelize(copy.deepcopy(plain, kept), settings)
 
 
 def _interleaved(runs: list[Callable[[], dict[str, float]]], repeats: int) -> list[dict[str, list[float]]]:

@@ -126,7 +126,7 @@ def attend(
     if tail is not None:
         return _attend_with_tail(module, query, key, value, attention_mask, *args, **kwargs), None
     if _is_better_by_request(query, key, packed):
-        of_all = query, key, value, attention_mask, packed
+        of_all = query, key, value, attention_mask, _requests(packed)
         return _attend_by_request(module, *of_all, *args, implementation=implementation, **kwargs), None
     prefix = _in_dtype_of(key, prefix_of(module))
     length, scaling = query.shape[2], kwargs.get("scaling")
@@ -199,13 +199,13 @@ def _attend_by_request(
     key: Tensor,
     value: Tensor,
     mask: Tensor,
-    packed: dict[str, Any],
+    requests: list[tuple[slice, slice]],
     *args: Any,
     **kwargs: Any,
 ) -> Float[Tensor, "pb t h e"]:
     """The requests of a packed batch one by one."""
     attended = []
-    for q, k in _requests(packed):
+    for q, k in requests:
         own = query[:, :, q], key[:, :, k], value[:, :, k], mask[..., q, k]
         attended.append(attend(module, *own, *args, **kwargs)[0])
     return torch.cat(attended, dim=1)
@@ -249,9 +249,9 @@ def _attend_packed_with_tail(
         keys = duplicate(key, tail.streams), duplicate(value, tail.streams), mask[..., tail.places, :], prefix
         behind, _ = _concatenated(module, others.transpose(1, 2), *keys, "sdpa", *args, **kwargs)
         return join_tail(out, behind)
-    with _prompt_alone(module.stream_state):
-        out = _attend_by_request(module, *of_prompt, packed, *args, implementation="sdpa", **kwargs)
     requests, each = _requests(packed), []
+    with _prompt_alone(module.stream_state):
+        out = _attend_by_request(module, *of_prompt, requests, *args, implementation="sdpa", **kwargs)
     for i, place in enumerate(tail.places.tolist()):
         k = next(k for q, k in requests if place < q.stop)
         keys = key[:, :, k], value[:, :, k], prefix, mask[..., place : place + 1, k]

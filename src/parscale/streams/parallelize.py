@@ -4,6 +4,7 @@ Knows which models can have streams, by running one batch and looking which atte
 attention interface; refuses the others before anything is changed.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -85,6 +86,16 @@ def parallelize(
     for diversifier in reversed(diversifiers):  # the prefix is last: its near-identity start measures the whole model
         diversifier.init(model, recorded)
     return model
+
+
+def over_its_weights(plain: PreTrainedModel, config: StreamsConfig) -> PreTrainedModel:
+    """Another model, with new streams over the weights of a plain one: those are not copied, and it stays as it is.
+
+    Raises:
+        InputError: as `parallelize` does.
+    """
+    kept = {id(tensor): tensor for tensor in [*plain.parameters(), *plain.buffers()]}
+    return parallelize(copy.deepcopy(plain, kept), config)
 
 
 def record_attention(model: PreTrainedModel, implementation: str, ids: Int[Tensor, "b t"]) -> Calibration:

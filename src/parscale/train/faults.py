@@ -186,13 +186,13 @@ class _Faults(TrainerCallback):
     def __init__(self, trainer: FaultTolerance) -> None:
         self.trainer = trainer
         self.in_a_row, self.trouble = 0, ""
-        self.stop, self.reason = False, ""
+        self.told: str | None = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         late = trainer.deadline is not None and time.time() > trainer.deadline
-        finite, self.stop = _agree(trainer.take_finite_loss(), late or trainer.terminated.is_set(), args.device)
-        self.reason = DEADLINE if late else "SIGTERM"
+        finite, stop = _agree(trainer.take_finite_loss(), late or trainer.terminated.is_set(), args.device)
+        self.told = (DEADLINE if late else "SIGTERM") if stop else None
         spoilt = [name for name, norm in trainer.gradients.items() if not torch.isfinite(torch.tensor(norm))]
         if finite and not spoilt:
             self.in_a_row = 0
@@ -211,8 +211,8 @@ class _Faults(TrainerCallback):
             return
         if self.trainer.is_deepspeed_enabled:  # its state cannot be kept, so a run of it cannot be stopped to go on
             return
-        if self.stop:
-            self.trainer.stopped_by = self.reason
+        if self.told is not None:
+            self.trainer.stopped_by = self.told
         elif self.in_a_row >= self.trainer.max_skipped:
             self.trainer.stopped_by = self.trouble
         if self.trainer.stopped_by is not None:
@@ -220,7 +220,7 @@ class _Faults(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stopped_by == self.reason and self.trainer.has_run_out_of_patience():
+        if self.trainer.stopped_by == self.told and self.trainer.has_run_out_of_patience():
             self.trainer.stopped_by = None  # the evaluation in this very step ended the run: nothing is left to go on
 
 
