@@ -21,6 +21,12 @@ def ids() -> Tensor:
     return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
+def between(entropies: Tensor) -> float:
+    """A threshold in the middle, next to no entropy: none may fall to the other side by rounding."""
+    ordered = entropies.flatten().sort().values
+    return ordered[len(ordered) // 2 - 1 :][:2].mean().item()
+
+
 @torch.no_grad()
 def by_hand(model: Any, ids: Tensor, hard: HardTokens) -> tuple[Tensor, list[bool]]:
     """Greedy, the whole sequence anew for each token and row at the p that the token deserves."""
@@ -39,10 +45,23 @@ def by_hand(model: Any, ids: Tensor, hard: HardTokens) -> tuple[Tensor, list[boo
     return torch.cat(rows), chosen
 
 
-def test_generates_each_token_at_its_own_p(model: Any, ids: Tensor) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"diversify": ("prefix", "lora")},
+        {"diversify": ("prefix", "lora"), "shared_prefix": True},
+        {"diversify": ("prefix", "lora"), "plain_first": True},
+        {"diversify": ("prefix", "rank1", "embedding")},
+        {"diversify": ("lora",), "prefix_tokens": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_generates_each_token_at_its_own_p(settings: dict[str, Any], family: str, ids: Tensor) -> None:
+    model: Any = with_streams(build(family), kv="shared", **settings)
     model.set_streams(1)
     with torch.no_grad():
-        middle = prediction_entropy(model(ids).logits).median().item()
+        middle = between(prediction_entropy(model(ids).logits))
     hard = HardTokens(entropy=middle, streams=3)
     expected, chosen = by_hand(model, ids, hard)
     assert any(chosen)
@@ -56,11 +75,20 @@ def test_generates_each_token_at_its_own_p(model: Any, ids: Tensor) -> None:
     assert torch.equal(model.generate(ids, **options), expected)
 
 
+def test_a_hard_token_runs_the_other_streams_alone(model: Any, ids: Tensor) -> None:
+    """The first stream has run, and what it wrote is in the cache."""
+    rows: list[int] = []
+    model.base_model.layers[0].mlp.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[0]))
+    model.generate(ids, streams=HardTokens(0.0, 4), max_new_tokens=3, min_new_tokens=3)
+    batch = len(ids)
+    assert rows == [batch] + 3 * [batch, 3 * batch]  # the prompt but for its last token; then both passes for each
+
+
 def test_several_tokens_at_once_each_have_their_own_p(model: Any, ids: Tensor) -> None:
     """As in prompt lookup and assisted decoding, whose drafts are checked together."""
     with torch.no_grad():
         by_p = {p: model.with_streams(p)(ids).logits for p in (1, 3)}
-        hard = HardTokens(entropy=prediction_entropy(by_p[1]).median().item(), streams=3)
+        hard = HardTokens(entropy=between(prediction_entropy(by_p[1])), streams=3)
         model.set_streams(hard)
         expected = torch.where((prediction_entropy(by_p[1]) > hard.entropy)[..., None], by_p[3], by_p[1])
         torch.testing.assert_close(model(input_ids=ids).logits, expected)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Cache
 
 from parscale.errors import InputError
 
@@ -19,8 +20,9 @@ from parscale.errors import InputError
 class HardTokens:
     """Run `streams` streams where stream 0 alone predicts with an entropy above `entropy`, and stream 0 elsewhere.
 
-    A hard token costs a pass of one stream and a pass of all; an easy one a pass of one. Give it to `set_streams`, or
-    to `generate` as `streams`. For inference alone: a forward pass has to be under `torch.no_grad()`.
+    A hard token costs a second pass, of the streams behind stream 0 alone: they read the keys and values that it has
+    just made. Give it to `set_streams`, or to `generate` as `streams`. For inference alone: a forward pass has to be
+    under `torch.no_grad()`.
 
     Args:
         entropy: of the prediction, in nats; 0 makes every token hard.
@@ -41,6 +43,19 @@ class HardTokens:
 
 
 @dataclass(frozen=True)
+class FirstStream:
+    """What stream 0 left of the tokens that the others run over after it.
+
+    Args:
+        hidden: its final hidden state, (B, T, d).
+        written: keys and values that it wrote into the cache, (B, H, T, D) and (B, H, T, E) for every layer.
+    """
+
+    hidden: Float[Tensor, "b t d"]
+    written: list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
 class AdaptiveLoss:
     """What a threshold gives. `share` of the tokens are hard; `loss` is the mean over all, in nats per token."""
 
@@ -50,7 +65,7 @@ class AdaptiveLoss:
 
 
 def run_hard_rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """After the causal LM ran stream 0: run all streams if a token is hard, and take their prediction there.
+    """After the causal LM ran stream 0: run the others if a token is hard, and take the prediction of all there.
 
     Raises:
         InputError: gradients are on, a cache that cannot give back its last tokens, labels, or an output that is a
@@ -72,20 +87,35 @@ def run_hard_rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     given = kwargs.get("inputs_embeds")
     if given is None:
         given = args[0] if args else kwargs["input_ids"]
-    tokens = given.shape[1]
+    first = None
     if cache is not None:
         if any(cache.is_sliding) or cache.is_compileable:
             raise InputError("hard tokens need a cache that can be cropped: a DynamicCache without sliding windows")
-        cache.crop(-tokens)
+        first = FirstStream(state.hidden_of_first, _take_back(cache, given.shape[1]))
     threshold, state.hard = state.hard, None
     try:
         with model._running(threshold.streams):
+            state.first = first
             again = model(*args, **kwargs | {"past_key_values": cache})
     finally:
-        state.hard = threshold
+        state.hard, state.first = threshold, None
     output.logits = torch.where(hard[..., None], again.logits, output.logits)
     output.past_key_values = again.past_key_values
     return output
+
+
+def _take_back(cache: Cache, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Crop the last tokens; give what was written for them."""
+    layers: Any = cache.layers
+    whole = [(layer.keys, layer.values) for layer in layers]
+    cache.crop(-tokens)
+    return [(key[:, :, -tokens:], value[:, :, -tokens:]) for key, value in whole]
+
+
+def keep_hidden(backbone: Any, args: tuple[Any, ...], output: Any) -> None:
+    """After the backbone ran stream 0, behind which others may have to run."""
+    state = backbone.stream_state
+    state.hidden_of_first = output[0] if state.hard is not None else None
 
 
 def prediction_entropy(logits: Float[Tensor, "... v"]) -> Float[Tensor, "..."]:

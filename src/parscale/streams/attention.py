@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.config import StreamsConfig
 from parscale.streams import kv
-from parscale.streams.adaptive import HardTokens
+from parscale.streams.adaptive import FirstStream, HardTokens
 from parscale.streams.decode import decode
 from parscale.streams.order import Tail, divide_tail, duplicate, expand_bank, join_tail
 
@@ -51,6 +51,8 @@ class StreamState:
         tail: while stream 0 reads a prompt: the tokens of other streams that run in the same pass, behind it in the
             sequence; else None.
         hard: when to run more than the active streams for a token; None if never.
+        hidden_of_first: the final hidden state of stream 0 in the last pass, where more may have to run; else None.
+        first: while the others run over tokens that stream 0 ran over in the pass before: what it left; else None.
         smoothing: ε now; training may start with another than the model's own.
         temperature: of the softmax that gives the weights; other than 1 in training alone.
         observer: called with the streams' final hidden states (p, B, T, d) and weights (p, B, T), before they merge.
@@ -65,6 +67,8 @@ class StreamState:
         self.present: Tensor | None = None
         self.tail: Tail | None = None
         self.hard: HardTokens | None = None
+        self.hidden_of_first: Tensor | None = None
+        self.first: FirstStream | None = None
         self.smoothing = config.smoothing
         self.temperature = 1.0
         self.observer: Callable[[Tensor, Tensor], None] | None = None
@@ -72,12 +76,19 @@ class StreamState:
 
     @property
     def own(self) -> slice:
-        """Which of the P streams this process runs."""
-        return slice(0, self.active) if self.group is None else self.group.share(self.active)
+        """Which of the P streams run now, in this process."""
+        if self.group is not None:
+            return self.group.share(self.active)
+        return slice(0 if self.first is None else 1, self.active)
+
+    @property
+    def running(self) -> int:
+        """How many these are."""
+        return self.own.stop - self.own.start
 
     @property
     def shares_kv(self) -> bool:
-        """Whether several streams run now, on the keys and values of stream 0."""
+        """Whether other streams than stream 0 run now, on its keys and values."""
         return self.config.kv == "shared" and self.active > 1
 
 
@@ -93,7 +104,7 @@ def _prefix(module: Any, streams: slice) -> tuple[Tensor, Tensor] | None:
     generator = module.stream_state.generator
     # Made in the layer itself: reentrant checkpointing frees whatever graph it reaches from within one.
     keys, values = generator(module.layer_idx) if generator else (module.prefix_k, module.prefix_v)
-    return keys[streams], values[streams]
+    return (keys[streams], values[streams]) if len(keys) > 1 else (keys, values)
 
 
 def attend(
@@ -112,7 +123,7 @@ def attend(
     """
     state: Any = getattr(module, "stream_state", None)
     tail: Tail | None = None if state is None else state.tail
-    sharing = state.active if state is not None and state.shares_kv else 0  # how many read stream 0's keys and values
+    sharing = state.running if state is not None and state.shares_kv else 0  # how many read stream 0's keys and values
     paged = kwargs.pop("cache", None)
     if sharing and key.shape[0] == query.shape[0]:  # no cache was there to drop the other streams' rows
         key, value = kv.of_first_stream(key, value, sharing)
@@ -270,8 +281,7 @@ def _prompt_alone(state: StreamState) -> Iterator[None]:
 
 def _prefix_of_others(module: Any, key: Tensor) -> tuple[Tensor, Tensor] | None:
     state = module.stream_state
-    others = slice(0, 1) if state.config.shared_prefix else slice(1, 1 + state.tail.streams)
-    return _in_dtype_of(key, _prefix(module, others))
+    return _in_dtype_of(key, _prefix(module, slice(1, 1 + state.tail.streams)))
 
 
 def flex_mask(

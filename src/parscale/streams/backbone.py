@@ -86,8 +86,7 @@ class StreamsBackbone(_HasStreams):
         settings = self.stream_state.config
         if settings.has_prefix and position_ids is None:
             position_ids = _positions(attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
-        own = self.stream_state.own
-        p = own.stop - own.start
+        p = self.stream_state.running
         if settings.has_embedding:
             embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             rows = (duplicate(embeds, p),)
@@ -121,6 +120,8 @@ class StreamsBackbone(_HasStreams):
             hidden = split(output.last_hidden_state, p)
             if self.stream_state.group is not None:
                 hidden = self.stream_state.group.gather(hidden)
+            if self.stream_state.first is not None:
+                hidden = torch.cat([self.stream_state.first.hidden[None], hidden])
             output.last_hidden_state = self._merge(hidden)
             if output.get("router_logits") is not None:
                 # The load-balancing loss reads each entry as one layer's B·T tokens: P entries a layer keep it exact.

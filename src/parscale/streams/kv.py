@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from parscale.errors import InputError
-from parscale.streams.adaptive import run_hard_rows
+from parscale.streams.adaptive import keep_hidden, run_hard_rows
 from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import Tail, duplicate, first_stream, repeat_at
 
@@ -42,6 +42,21 @@ class FirstStreamCache:
         """Write this step's keys and values of stream 0; return all that the batch attends to."""
         key, value = before_tail(*of_first_stream(key_states, value_states, self.streams), self.tail)
         return self.inner.update(key, value, *args, **kwargs)
+
+
+class RewrittenCache:
+    """What an attention module is given where stream 0 has run over the tokens already: what it wrote is written again,
+    and the modules' own keys and values are dropped."""
+
+    def __init__(self, inner: Cache, written: list[tuple[Tensor, Tensor]]) -> None:
+        self.inner = inner
+        self.written = written
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Float[Tensor, "b h s d"], Float[Tensor, "b h s e"]]:
+        """Return all that the batch attends to."""
+        return self.inner.update(*self.written[layer_idx], layer_idx, *args, **kwargs)
 
 
 def of_first_stream(key: Tensor, value: Tensor, streams: int) -> tuple[Tensor, Tensor]:
@@ -83,6 +98,7 @@ def attach(model: Any, attention: list[str]) -> None:
         model.register_forward_pre_hook(prompt_by_first_stream, with_kwargs=True),
         model.register_forward_hook(end_of_pass, always_call=True),
         model.register_forward_hook(run_hard_rows, with_kwargs=True),
+        backbone.register_forward_hook(keep_hidden),
     ]
     for name in attention:
         module = backbone.get_submodule(name)
@@ -115,6 +131,7 @@ def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, 
     others = {key: x for key, x in kwargs.items() if key not in _DIVIDED and x is not None and x is not False}
     if (
         not (state.shares_kv or state.hard)
+        or state.first is not None
         or torch.is_grad_enabled()
         or args
         or inputs is None
@@ -234,15 +251,18 @@ def _write_first_stream(module: Any, args: tuple[Any, ...], kwargs: dict[str, An
     state = module.stream_state
     if not (state.shares_kv or state.tail is not None):
         return None
-    wrap = partial(FirstStreamCache, streams=state.active, tail=state.tail)
+    if state.first is not None:
+        wrap: Any = partial(RewrittenCache, written=state.first.written)
+    else:
+        wrap = partial(FirstStreamCache, streams=state.active, tail=state.tail)
     return args, {k: wrap(x) if isinstance(x, Cache) else x for k, x in kwargs.items()}
 
 
 def _take_first_stream(module: Any, args: tuple[Tensor, ...]) -> Any:
     state = module.stream_state
-    return (first_stream(args[0], state.active), *args[1:]) if state.shares_kv else None
+    return (first_stream(args[0], state.running), *args[1:]) if state.shares_kv else None
 
 
 def _give_to_all(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     state = module.stream_state
-    return duplicate(output, state.active) if state.shares_kv else output
+    return duplicate(output, state.running) if state.shares_kv else output

@@ -6,20 +6,24 @@ its share is held against n/(n + t), what a gaze that favours no key would give 
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import Run, Scale, against
+from parscale.experiments.runs import Run, Scale, against, remedy
 from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names, paired, streams_of
 
 LENGTHS = (1, 3, 6, 12, 24, 48, 96)
 STARTS = ("near_identity", "orthogonal", "text", "reparameterized")
 SPREADS = (0.1, 3.0)
 """Of the start, times that of the layer's own keys and values."""
+_LENGTHS = [f"n={n}" for n in LENGTHS]
 P = 4
 FAR = "n=48, long context"
 FROM_SCRATCH = "from scratch, "
+WITH_LORA = ", with a LoRA"
+PLAIN_START = "n=48"
 DECIDING = ("n=48", "n=96")
 """With fewer tokens one of them may be where heads look that look nowhere."""
 LONG = 8
@@ -27,30 +31,45 @@ LONG = 8
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
-    """Stage 2, where a start can mean something: the base's attention is trained. Its spread from scratch too, where
-    streams have the time to part."""
+    """Stage 2, where a start can mean something: the base's attention is trained. Spread and right angles from scratch
+    too, where streams have the time to part. Each start also beside a LoRA for each stream."""
     lengths, starts = (LENGTHS, STARTS) if scale.name != "smoke" else ((2, 8), STARTS[:2])
     found = []
     for corpus in corpora:
         common = {"stage": "retrofit", "start": scale.base(corpus)}
         for n in lengths:
-            control = scale.run(f"control, n={n}", corpus, scale.prefix(1, prefix_tokens=n), **common)
-            found += against(control, [scale.run(f"n={n}", corpus, scale.prefix(P, prefix_tokens=n), **common)])
+            beside_lora = scale.name != "smoke" and f"n={n}" == PLAIN_START
+            found += _measured(scale, f"n={n}", corpus, {"prefix_tokens": n}, common, beside_lora)
         if scale.name not in ("smoke", "paper"):
             longer = {"block_size": LONG * scale.block_size, "batch_size": max(1, scale.batch_size // LONG)}
             of_long = {"stage": "retrofit", "start": scale.base(corpus, **longer), **longer}
-            control = scale.run(f"control, {FAR}", corpus, scale.prefix(1), **of_long)
-            found += against(control, [scale.run(FAR, corpus, scale.prefix(P), **of_long)])
+            found += _measured(scale, FAR, corpus, {}, of_long, beside_lora=False)
         for start in starts:
-            control = scale.run(f"control, {start}", corpus, scale.prefix(1, prefix_init=start), **common)
-            found += against(control, [scale.run(start, corpus, scale.prefix(P, prefix_init=start), **common)])
+            beside_lora = scale.name not in ("smoke", "paper")
+            found += _measured(scale, start, corpus, {"prefix_init": start}, common, beside_lora)
         if scale.name not in ("smoke", "paper"):
-            for place, more in {"": common, FROM_SCRATCH: {}}.items():
-                for spread in SPREADS:
-                    name = f"{place}spread × {spread:g}"
-                    control = scale.run(f"control, {name}", corpus, scale.prefix(1, prefix_scale=spread), **more)
-                    found += against(control, [scale.run(name, corpus, scale.prefix(P, prefix_scale=spread), **more)])
+            for spread in SPREADS:
+                named = f"spread × {spread:g}"
+                found += _measured(scale, named, corpus, {"prefix_scale": spread}, common)
+                found += _measured(scale, FROM_SCRATCH + named, corpus, {"prefix_scale": spread}, {})
+            for start in ("normal", "orthogonal"):
+                found += _measured(scale, FROM_SCRATCH + start, corpus, {"prefix_init": start}, {})
     return found
+
+
+def _measured(
+    scale: Scale, name: str, corpus: str, start: dict[str, Any], common: dict[str, Any], beside_lora: bool = True
+) -> list[Run]:
+    """P streams with such a prefix, alone and beside a LoRA each, and the one stream that both are held against."""
+    control = scale.run(f"control, {name}", corpus, scale.prefix(1, **start), **common)
+    alone = scale.run(name, corpus, scale.prefix(P, **start), **common)
+    slow_head = {} if "stage" in common else remedy(P)
+    with_lora = scale.run(name + WITH_LORA, corpus, scale.lora(P, **start), **common, **slow_head)
+    return against(control, [alone, with_lora] if beside_lora else [alone])
+
+
+def _control(name: str) -> str:
+    return f"control, {name.removesuffix(WITH_LORA)}"
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
@@ -59,7 +78,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         streamed = [name for name in names(of) if not name.startswith("control")]
         for name in streamed:
             seen = list(by_seed(of, name).values())
-            gain = paired(of, name, f"control, {name}")
+            gain = paired(of, name, _control(name))
             bands = [statistics.mean(_share(row, i) for row in seen) for i in (0, -1)]
             over_even = [statistics.mean(_share(row, i) / _even(row, i) for row in seen) for i in (0, -1)]
             rho = [row["measured"]["rho_by_position"] for row in seen if row["measured"]["rho_by_position"]]
@@ -78,7 +97,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "gain, last eighth": _gain_at(of, name, -1),
                 }
             )
-            if name.startswith("n=") and name != FAR and gain.seeds:
+            if name in _LENGTHS and gain.seeds:
                 curves.setdefault(corpus, []).append((float(name[2:]), gain.mean))
         for name in (name for name in streamed if name in (*DECIDING, FAR)):
             seen = by_seed(of, name).values()

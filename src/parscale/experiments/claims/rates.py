@@ -27,7 +27,7 @@ STREAMS = (0.25, 0.5, 2.0)
 """Shares of the scale's own rate, which the runs of the head have."""
 CHOSEN = "head at 0.1"
 CONTROL = "control"
-OWN = "control, streams at "
+PREFIX_ALONE = "stage 2, prefix alone at "
 NEAR = ("head at 0.03", "head at 0.3", "streams at 0.5", "streams at 2")
 """Within a factor of three of what runs from scratch have."""
 KEPT = 0.5
@@ -42,8 +42,24 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         found += against(scale.run(CONTROL, corpus, scale.prefix(1)), ways)
         for factor in factors:
             rate = {"stream_learning_rate": factor * scale.stream_learning_rate}
-            control = scale.run(f"{OWN}{factor:g}", corpus, scale.prefix(1), **rate)
+            control = scale.run(f"control, streams at {factor:g}", corpus, scale.prefix(1), **rate)
             found += against(control, [scale.run(f"streams at {factor:g}", corpus, scale.lora(P), **SLOW, **rate)])
+        if scale.name not in ("smoke", "paper"):
+            found += _prefix_alone(scale, corpus)
+    return found
+
+
+def _prefix_alone(scale: Scale, corpus: str) -> list[Run]:
+    """Its rate without a LoRA's, in stage 2, where the backbone has its own by then."""
+    found = []
+    for factor in (*STREAMS, 1.0):
+        common = {
+            "stage": "retrofit",
+            "start": scale.base(corpus),
+            "stream_learning_rate": factor * scale.stream_learning_rate,
+        }
+        control = scale.run(f"control, {PREFIX_ALONE}{factor:g}", corpus, scale.prefix(1), **common)
+        found += against(control, [scale.run(f"{PREFIX_ALONE}{factor:g}", corpus, scale.prefix(P), **common)])
     return found
 
 
@@ -54,7 +70,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         whole = paired(of, CHOSEN, CONTROL)
         said.append(f"on {corpus} {CHOSEN}, streams at 1 {whole}")
         for name in (name for name in names(of) if not name.startswith(CONTROL)):
-            control = OWN + name.removeprefix("streams at ") if name.startswith("streams") else CONTROL
+            control = CONTROL if name.startswith("head") else f"control, {name}"
             gain, seen = paired(of, name, control), list(by_seed(of, name).values())
             table.append(
                 {

@@ -57,9 +57,9 @@ def streams_at(name: str, config: StreamsConfig) -> int:
 def by_stream(
     function: Callable[..., Tensor], state: StreamState, rows: tuple[Tensor, ...], banks: tuple[Tensor, ...]
 ) -> Tensor:
-    """function(*rows, *banks) with the entries of the streams that the rows, (P·B, …), are of; with `plain_first`, of
-    stream 0's rows the first ones given as they are. Where other streams' tokens stand behind stream 0's prompt, each
-    part gets its own."""
+    """function(*rows, *banks) with the entries of the streams that the rows, (P·B, …), are of, or the only one; with
+    `plain_first`, of stream 0's rows the first ones given as they are. Where other streams' tokens stand behind stream
+    0's prompt, each part gets its own."""
     own, plain = state.own, state.config.plain_first
     if state.tail and rows[0].ndim == 2:  # a mixture's MLP flattens (B, T)
         rows = tuple(x.unflatten(0, (state.tail.batch, -1)) for x in rows)
@@ -70,7 +70,7 @@ def by_stream(
         first = prompts[0] if plain else function(*prompts, *(b[:1] for b in banks))
         return join_tail(first, function(*last, *(b[others] for b in banks)))
     if not plain or own.start > 0:
-        return function(*rows, *(bank[own] for bank in banks))
+        return function(*rows, *(bank[own] if len(bank) > 1 else bank for bank in banks))
     first = first_stream(rows[0], own.stop)
     if own.stop == 1:
         return first
