@@ -8,11 +8,12 @@ Each MODEL (a seed each, say) has streams that share keys and values, and was tr
 of hard tokens, the loss in nats, the passes of one stream that a token takes on average (1 for an easy one, P for a
 hard one), and the share of the gain of all streams, which is the share of hard tokens if these are drawn at random.
 
-Then the time of a token of some layers of the 0.54 B shape, random weights, batch 1, float32: of one stream, of all,
-and of a hard one, in which all but the first run after it.
+Then the time of a step of some layers of the 0.54 B shape, random weights, float32, by batch: of one stream, of all, and
+where all tokens are hard, in which all but the first run after it.
 """
 
 import argparse
+import itertools
 from dataclasses import asdict
 from typing import Any
 
@@ -53,15 +54,14 @@ def token_times(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Median and quartiles, and the ratio to the token of one stream."""
     plain = AutoModelForCausalLM.from_config(shape(options.layers), dtype=torch.float32).eval()
     rows: list[dict[str, Any]] = []
-    for streams in (4, 8):
-        config = StreamsConfig(streams, diversify=("prefix", "lora"), kv="shared")
-        model = over_its_weights(plain, config)
+    for streams, batch in itertools.product((4, 8), (1, 8)):
+        model = over_its_weights(plain, StreamsConfig(streams, diversify=("prefix", "lora"), kv="shared"))
         ways: dict[str, Any] = {"one stream": 1, "all streams": streams, "hard": HardTokens(0.0, streams)}
-        cases = {name: Case(model, way) for name, way in ways.items()}
+        cases = {name: Case(model, way, batch=batch) for name, way in ways.items()}
         for case in cases.values():
             case.prefill(options.context)
         times = interleaved({name: case.decode for name, case in cases.items()}, options.rounds)
-        about = {"streams": streams, "layers": options.layers, "context": options.context}
+        about = {"streams": streams, "batch": batch, "layers": options.layers, "context": options.context}
         rows += [about | {"token": name} | summary(t, times["one stream"]) for name, t in times.items()]
         print(*rows[-3:], sep="\n", flush=True)
     return rows

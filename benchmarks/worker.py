@@ -26,8 +26,8 @@ STREAMS, PREFIX = 8, 48
 class Case:
     """One model at one P, and the KV cache of its last prompt."""
 
-    def __init__(self, model: Any, streams: int | None = None, keep: str = "logits_to_keep") -> None:
-        self.model, self.streams, self.keep = model, streams, {keep: 1}
+    def __init__(self, model: Any, streams: Any = None, keep: str = "logits_to_keep", batch: int = 1) -> None:
+        self.model, self.streams, self.keep, self.batch = model, streams, {keep: 1}, batch
         self.cache: Any = None
 
     def prefill(self, tokens: int) -> None:
@@ -79,7 +79,7 @@ class Case:
         self.cache = output.past_key_values
 
     def _random_tokens(self, tokens: int) -> Tensor:
-        return torch.randint(self.model.config.vocab_size, (1, tokens))
+        return torch.randint(self.model.config.vocab_size, (self.batch, tokens))
 
 
 class Allocations(TorchDispatchMode):

@@ -84,6 +84,25 @@ def test_a_hard_token_runs_the_other_streams_alone(model: Any, ids: Tensor) -> N
     assert rows == [batch] + 3 * [batch, 3 * batch]  # the prompt but for its last token; then both passes for each
 
 
+def test_only_rows_with_a_hard_token_run_again(model: Any, ids: Tensor) -> None:
+    """Left padding and all: their part of the inputs and of the cache is theirs."""
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        by_p = {p: model.with_streams(p)(**inputs).logits[:, -1:] for p in (1, 4)}
+        entropies = prediction_entropy(by_p[1])[:, 0]
+        rows: list[int] = []
+        model.base_model.layers[0].mlp.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[0]))
+        hard = entropies.argmax().item()
+        model.set_streams(HardTokens(entropies.mean().item(), 4))
+        output = model(**inputs, logits_to_keep=1, use_cache=True)
+    expected = torch.stack([by_p[4 if i == hard else 1][i] for i in range(2)])
+    torch.testing.assert_close(output.logits, expected)
+    assert output.past_key_values.get_seq_length() == ids.shape[1]
+    assert rows == [2, 2, 3]
+
+
 def test_several_tokens_at_once_each_have_their_own_p(model: Any, ids: Tensor) -> None:
     """As in prompt lookup and assisted decoding, whose drafts are checked together."""
     with torch.no_grad():

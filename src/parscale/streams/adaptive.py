@@ -4,6 +4,8 @@ Not in the paper. It needs shared keys and values: only then does the KV cache n
 have its own.
 """
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,15 +46,24 @@ class HardTokens:
 
 @dataclass(frozen=True)
 class FirstStream:
-    """What stream 0 left of the tokens that the others run over after it.
+    """What stream 0 left of the tokens that the others run over after it, in some rows of the batch.
 
     Args:
-        hidden: its final hidden state, (B, T, d).
-        written: keys and values that it wrote into the cache, (B, H, T, D) and (B, H, T, E) for every layer.
+        hidden: its final hidden state there, (b, T, d).
+        cache: of the whole batch, with these tokens in it.
+        rows: which of the batch these are, (b,).
     """
 
     hidden: Float[Tensor, "b t d"]
-    written: list[tuple[Tensor, Tensor]]
+    cache: Cache
+    rows: Int[Tensor, " b"]
+
+    def keys_and_values(self, layer: int) -> tuple[Float[Tensor, "b h s d"], Float[Tensor, "b h s e"]]:
+        """What the rows attend to. Only of a part of the batch it is a copy."""
+        whole: Any = self.cache.layers[layer]
+        if len(self.rows) == len(whole.keys):
+            return whole.keys, whole.values
+        return whole.keys[self.rows], whole.values[self.rows]
 
 
 @dataclass(frozen=True)
@@ -81,35 +92,49 @@ def run_hard_rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if kwargs.get("labels") is not None or isinstance(output, tuple):
         raise InputError("hard tokens have no loss, and no tuple of outputs: leave out labels and return_dict=False")
     hard = prediction_entropy(output.logits) > state.hard.entropy  # (B, T)
-    if not hard.any():
+    rows = hard.any(dim=1).nonzero().flatten()
+    if not len(rows):
         return None
-    cache = output.past_key_values
-    given = kwargs.get("inputs_embeds")
-    if given is None:
-        given = args[0] if args else kwargs["input_ids"]
-    first = None
+    if len(args) == 1:
+        args, kwargs = (), kwargs | {"input_ids": args[0]}
+    if args or any(kwargs[name] is not None for name in kwargs.keys() - _OF_ROWS - _OF_THE_BATCH):
+        rows = torch.arange(len(hard), device=hard.device)  # what it is of nobody knows
+    kwargs = {name: _in_rows(value, rows) if name in _OF_ROWS else value for name, value in kwargs.items()}
+    first, cache = None, output.past_key_values
     if cache is not None:
         if any(cache.is_sliding) or cache.is_compileable:
             raise InputError("hard tokens need a cache that can be cropped: a DynamicCache without sliding windows")
-        first = FirstStream(state.hidden_of_first, _take_back(cache, given.shape[1]))
+        hidden = state.hidden_of_first
+        first = FirstStream(hidden[rows], cache, rows)
+        kwargs["past_key_values"] = _without_last(cache, hidden.shape[1])
     threshold, state.hard = state.hard, None
     try:
         with model._running(threshold.streams):
             state.first = first
-            again = model(*args, **kwargs | {"past_key_values": cache})
+            again = model(*args, **kwargs)
     finally:
         state.hard, state.first = threshold, None
-    output.logits = torch.where(hard[..., None], again.logits, output.logits)
-    output.past_key_values = again.past_key_values
+    output.logits[rows] = torch.where(hard[rows][..., None], again.logits, output.logits[rows])
     return output
 
 
-def _take_back(cache: Cache, tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Crop the last tokens; give what was written for them."""
-    layers: Any = cache.layers
-    whole = [(layer.keys, layer.values) for layer in layers]
-    cache.crop(-tokens)
-    return [(key[:, :, -tokens:], value[:, :, -tokens:]) for key, value in whole]
+_OF_ROWS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
+_OF_THE_BATCH = {"past_key_values", "use_cache", "logits_to_keep", "return_dict", "cache_position"}
+
+
+def _in_rows(x: Any, rows: Int[Tensor, " b"]) -> Any:
+    """Some rows of inputs (B, …). What has one row is the same for all."""
+    if isinstance(x, Mapping):
+        return {kind: _in_rows(one, rows) for kind, one in x.items()}
+    return x if x is None or len(x) == 1 else x[rows]
+
+
+def _without_last(cache: Cache, tokens: int) -> Cache:
+    """The same cache without its last tokens. Nothing is copied, and the cache given stays as it is."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    other.crop(-tokens)
+    return other
 
 
 def keep_hidden(backbone: Any, args: tuple[Any, ...], output: Any) -> None:

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from parscale.errors import InputError
-from parscale.streams.adaptive import keep_hidden, run_hard_rows
+from parscale.streams.adaptive import FirstStream, keep_hidden, run_hard_rows
 from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import Tail, duplicate, first_stream, repeat_at
 
@@ -44,19 +44,18 @@ class FirstStreamCache:
         return self.inner.update(key, value, *args, **kwargs)
 
 
-class RewrittenCache:
-    """What an attention module is given where stream 0 has run over the tokens already: what it wrote is written again,
-    and the modules' own keys and values are dropped."""
+class WrittenCache:
+    """What an attention module is given where stream 0 has run over the tokens already: what it wrote is read, and the
+    module's own keys and values are dropped."""
 
-    def __init__(self, inner: Cache, written: list[tuple[Tensor, Tensor]]) -> None:
-        self.inner = inner
-        self.written = written
+    def __init__(self, inner: Cache, first: FirstStream) -> None:
+        self.first = first
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Float[Tensor, "b h s d"], Float[Tensor, "b h s e"]]:
-        """Return all that the batch attends to."""
-        return self.inner.update(*self.written[layer_idx], layer_idx, *args, **kwargs)
+        """Return all that the rows attend to."""
+        return self.first.keys_and_values(layer_idx)
 
 
 def of_first_stream(key: Tensor, value: Tensor, streams: int) -> tuple[Tensor, Tensor]:
@@ -252,7 +251,7 @@ def _write_first_stream(module: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if not (state.shares_kv or state.tail is not None):
         return None
     if state.first is not None:
-        wrap: Any = partial(RewrittenCache, written=state.first.written)
+        wrap: Any = partial(WrittenCache, first=state.first)
     else:
         wrap = partial(FirstStreamCache, streams=state.active, tail=state.tail)
     return args, {k: wrap(x) if isinstance(x, Cache) else x for k, x in kwargs.items()}
