@@ -8,8 +8,8 @@ Each MODEL (a seed each, say) has streams that share keys and values, and was tr
 of hard tokens, the loss in nats, the passes of one stream that a token takes on average (1 for an easy one, P for a
 hard one), and the share of the gain of all streams, which is the share of hard tokens if these are drawn at random.
 
-Then the time of a step of some layers of the 0.54 B shape, random weights, float32, by batch: of one stream, of all, and
-where all tokens are hard, in which all but the first run after it.
+Then the time of a step of some layers of the 0.54 B shape, random weights, float32, by batch: of one stream, of all,
+and where all tokens are hard, in which all but the first run after it.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def token_times(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Median and quartiles, and the ratio to the token of one stream."""
     plain = AutoModelForCausalLM.from_config(shape(options.layers), dtype=torch.float32).eval()
     rows: list[dict[str, Any]] = []
-    for streams, batch in itertools.product((4, 8), (1, 8)):
+    for streams, batch in itertools.product((4, 8), (1, 8, 64)):
         model = over_its_weights(plain, StreamsConfig(streams, diversify=("prefix", "lora"), kv="shared"))
         ways: dict[str, Any] = {"one stream": 1, "all streams": streams, "hard": HardTokens(0.0, streams)}
         cases = {name: Case(model, way, batch=batch) for name, way in ways.items()}
