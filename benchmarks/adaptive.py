@@ -54,7 +54,7 @@ def token_times(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Median and quartiles, and the ratio to the token of one stream."""
     plain = AutoModelForCausalLM.from_config(shape(options.layers), dtype=torch.float32).eval()
     rows: list[dict[str, Any]] = []
-    for streams, batch in itertools.product((4, 8), (1, 8, 64)):
+    for streams, batch in itertools.product((4, 8), options.batches):
         model = over_its_weights(plain, StreamsConfig(streams, diversify=("prefix", "lora"), kv="shared"))
         ways: dict[str, Any] = {"one stream": 1, "all streams": streams, "hard": HardTokens(0.0, streams)}
         cases = {name: Case(model, way, batch=batch) for name, way in ways.items()}
@@ -92,6 +92,7 @@ def main() -> None:
     arguments.add_argument("--block-size", type=int, default=128)
     arguments.add_argument("--plot")
     arguments.add_argument("--layers", type=int, default=4)
+    arguments.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     arguments.add_argument("--context", type=int, default=256)
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--name", default="adaptive")
