@@ -198,9 +198,10 @@ def probe_model(
     """Load a model, look at its streams on held-out text, and print what was seen: what `parscale probe` does.
 
     Raises:
-        InputError: a model without streams, or text or folders that cannot be read.
+        InputError: a model without streams, text or folders that cannot be read, or a plot that cannot be written.
     """
     # The text pipeline is not needed to probe a batch, and loads much.
+    from parscale.law.plot import check_picture
     from parscale.load import load_model, load_tokenizer
     from parscale.probe_details import probe_details
     from parscale.train.data import load_text
@@ -208,6 +209,8 @@ def probe_model(
 
     if sequences < 1:
         raise InputError(f"sequences={sequences} is not accepted; give an integer >= 1")
+    if plot is not None:
+        check_picture(plot)
     model, tokenizer = load_model(name), load_tokenizer(name)
     check_context(model, block_size, name)
     if not has_streams(model):

@@ -1,5 +1,8 @@
 """The aggregation head and the merger against equations 3 and 4 written out, and against the released layout."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -62,6 +65,21 @@ def test_a_random_start_prefers_streams_from_the_first_token() -> None:
     loaded = parscale.parallelize(build(), StreamsConfig(P, 4, head_init="random"))
     assert loaded.model.aggregate_layer[2].weight.std().item() == pytest.approx(32**-0.5, rel=0.3)
     assert (parscale.parallelize(build(), StreamsConfig(P, 4)).model.aggregate_layer[2].weight == 0).all()
+
+
+@pytest.mark.parametrize("start", ["zero", "random"])
+def test_a_plain_checkpoint_given_streams_by_keyword_starts_like_a_parallelized_model(
+    start: str, tmp_path: Path
+) -> None:
+    build().save_pretrained(tmp_path)
+    settings = StreamsConfig(P, 4, head_init=start)  # type: ignore[arg-type]
+    with_streams = type(parscale.parallelize(build(), settings))
+    given: Any = with_streams.from_pretrained(tmp_path, **settings.to_json())
+    first, _, last = given.model.aggregate_layer
+    assert first.weight.std().item() == pytest.approx((P * 32) ** -0.5, rel=0.1)
+    assert last.weight.std().item() == pytest.approx(0 if start == "zero" else 32**-0.5, rel=0.3)
+    assert not first.bias.any()
+    assert not last.bias.any()
 
 
 def test_smoothing_keeps_every_weight_above_its_share(head: AggregationHead, hidden: torch.Tensor) -> None:

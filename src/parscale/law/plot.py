@@ -27,11 +27,18 @@ def draw_law(law: Law, path: str | Path, title: str = "") -> Path:
     return save_figure(figure, path)
 
 
+def check_picture(path: Path) -> None:
+    """Raise InputError unless a picture can be written under this name. Ask before the work, not after it."""
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise InputError(f"plot {str(path)!r} has no suffix of a picture: use one of {', '.join(PLOT_SUFFIXES)}")
+    if path.is_dir():
+        raise InputError(f"plot {str(path)!r} is a folder; give the name of a file in it")
+
+
 def save_figure(figure: Any, path: str | Path) -> Path:
     """Write under a temporary name, then rename: a reader never sees half a picture."""
     path = Path(path)
-    if path.suffix.lower() not in PLOT_SUFFIXES:
-        raise InputError(f"plot {str(path)!r} has no suffix of a picture: use one of {', '.join(PLOT_SUFFIXES)}")
+    check_picture(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     figure.savefig(partial)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization
 
 from parscale.config import HeadInit
 
@@ -32,15 +33,16 @@ class AggregationHead(nn.Sequential):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A random first layer (std 1/√fan_in, bias 0), and a last one of zeros or as random."""
+        """A random first layer (std 1/√fan_in, bias 0), and a last one of zeros or as random. What a checkpoint has
+        given stays."""
         first, _, last = self._layers()
-        first.weight.normal_(std=first.in_features**-0.5)
-        first.bias.zero_()
+        initialization.normal_(first.weight, std=first.in_features**-0.5)
+        initialization.zeros_(first.bias)
         if self.start == "zero":
-            last.weight.zero_()
+            initialization.zeros_(last.weight)
         else:
-            last.weight.normal_(std=last.in_features**-0.5)
-        last.bias.zero_()
+            initialization.normal_(last.weight, std=last.in_features**-0.5)
+        initialization.zeros_(last.bias)
 
     def forward(self, hidden: Float[Tensor, "p b t d"]) -> Float[Tensor, "b t p"]:
         """Logits of the streams' weights. With p < P streams the absent ones read as zero in the first layer."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 
 from parscale.config import StreamsConfig
@@ -157,8 +156,9 @@ class StreamsBackbone(_HasStreams):
         std = getattr(self.config, "initializer_range", None) or 0.02
         for diversifier in protocol.ALL.values():
             diversifier.reset(module, std)
-        if isinstance(module, AggregationHead) and module.start == "zero":
-            init.zeros_(module[2].weight)  # type: ignore[arg-type]
+        head = getattr(self, "aggregate_layer", None)
+        if head is not None and module in list(head):  # transformers asks for its layers alone, never for the head
+            head.reset_parameters()
 
     @torch.no_grad()
     def write_generated_prefixes(self) -> None:
