@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from parscale.config import StreamsConfig
 from parscale.cost import formulas
@@ -205,7 +207,22 @@ def _cases(shape: Shape, asked: list[Workload], device: str) -> list[Case]:
 
 def _interleaved(runs: list[Callable[[], dict[str, float]]], repeats: int) -> list[dict[str, list[float]]]:
     """Every run once a round, so that a machine that drifts is fair to all; the first round only warms up."""
-    rounds = [[run() for run in runs] for _ in range(1 + repeats)][1:]
+    console = Console(stderr=True)
+    quiet: Any = {
+        "transient": True,
+        "disable": not console.is_terminal,
+        "auto_refresh": False,
+    }  # no thread beside the clock
+    with Progress(console=console, **quiet) as progress:
+        todo = progress.add_task("measuring", total=(1 + repeats) * len(runs))
+
+        def one(run: Callable[[], dict[str, float]]) -> dict[str, float]:
+            told = run()
+            progress.advance(todo)
+            progress.refresh()
+            return told
+
+        rounds = [[one(run) for run in runs] for _ in range(1 + repeats)][1:]
     return [{name: [row[i][name] for row in rounds] for name in rounds[0][i]} for i in range(len(runs))]
 
 
