@@ -39,7 +39,7 @@ def report_measured(
     first = rows[0]
     machine, depth = first["machine"], f"{first['layers']} of {first['layers_of_model']} layers"
     print(f"{machine['name']}: {machine['bandwidth'] / 1e9:.1f} GB/s by a matrix-vector product, ", end="")
-    print(f"{machine['flops'] / 1e12:.3f} TFLOP/s by a matrix product in {workload.dtype}")
+    print(f"{machine['flops'] / 1e12:.3g} TFLOP/s by a matrix product in {workload.dtype}")
     print(f"measured and derived ({'this machine' if hardware is None else hardware}) are both of {depth}")
     lengths = f"{workload.input} tokens in, {workload.output} out"
     title = f"{model}, {workload.dtype}, {workload.kv} keys and values, {lengths}: medians of {repeats}, ms"
