@@ -49,7 +49,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             at = {p: [_at(row, p) for row in seen.values()] for p in next(iter(seen.values()))["measured"]["at"]}
             table.append({"text": corpus, "checkpoint": name} | _filled({p: statistics.mean(v) for p, v in at.items()}))
             at_2 = paired(of, name, "control", lambda row: _at(row, "2"))
-            table[-1] |= {"control": mean_loss(by_seed(of, "control").values()), "gain at p=2": str(at_2)}
+            of_control = mean_loss(by_seed(of, "control").values()) if at_2.seeds else None
+            table[-1] |= {"control": of_control, "gain at p=2": str(at_2)}
             curves[f"{corpus}, {name}"] = [(float(p), statistics.mean(values)) for p, values in at.items()]
         for name in ("trained at P=4", RANDOM, f"{RANDOM}, slow head"):
             gain = paired(of, name, "control", lambda row: _at(row, "2"))
