@@ -5,7 +5,10 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -27,6 +30,16 @@ def json_text(value: Any) -> str:
 def say(message: str) -> None:
     """One line on the error stream."""
     print(f"parscale: {message}", file=sys.stderr, flush=True)
+
+
+def passing_bar(auto_refresh: bool = True) -> "Progress":
+    """A progress bar on the error stream that is gone when it is done; nothing where no person looks. Without
+    `auto_refresh` no thread draws it: call `refresh`."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal, auto_refresh=auto_refresh)
 
 
 def print_json(value: Any) -> None:

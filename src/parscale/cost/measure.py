@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from parscale.config import StreamsConfig
 from parscale.cost import formulas
 from parscale.cost.hardware import Hardware
 from parscale.cost.model import GIB, Shape, Workload, cost, shape_of, workloads
 from parscale.errors import InputError
+from parscale.output import passing_bar
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPEATS = 5
@@ -207,13 +206,7 @@ def _cases(shape: Shape, asked: list[Workload], device: str) -> list[Case]:
 
 def _interleaved(runs: list[Callable[[], dict[str, float]]], repeats: int) -> list[dict[str, list[float]]]:
     """Every run once a round, so that a machine that drifts is fair to all; the first round only warms up."""
-    console = Console(stderr=True)
-    quiet: Any = {
-        "transient": True,
-        "disable": not console.is_terminal,
-        "auto_refresh": False,
-    }  # no thread beside the clock
-    with Progress(console=console, **quiet) as progress:
+    with passing_bar(auto_refresh=False) as progress:  # no thread beside the clock
         todo = progress.add_task("measuring", total=(1 + repeats) * len(runs))
 
         def one(run: Callable[[], dict[str, float]]) -> dict[str, float]:

@@ -46,7 +46,8 @@ class HardTokens:
 
 @dataclass(frozen=True)
 class FirstStream:
-    """What stream 0 left of the tokens that the others run over after it, in some rows of the batch.
+    """What stream 0 left of the tokens that the others run over after it, in some rows of the batch. Attention modules
+    are given it in the KV cache's place, of which they call nothing but `update`.
 
     Args:
         hidden: its final hidden state there, (b, T, d).
@@ -58,9 +59,12 @@ class FirstStream:
     cache: Cache
     rows: Int[Tensor, " b"]
 
-    def keys_and_values(self, layer: int) -> tuple[Float[Tensor, "b h s d"], Float[Tensor, "b h s e"]]:
-        """What the rows attend to. Only of a part of the batch it is a copy."""
-        whole: Any = self.cache.layers[layer]
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Float[Tensor, "b h s d"], Float[Tensor, "b h s e"]]:
+        """All that the rows attend to; the module's own keys and values are dropped. Only of a part of the batch it is
+        a copy."""
+        whole: Any = self.cache.layers[layer_idx]
         if len(self.rows) == len(whole.keys):
             return whole.keys, whole.values
         return whole.keys[self.rows], whole.values[self.rows]

@@ -5,7 +5,6 @@ values from stream 0's alone, and the KV cache holds B rows: to an engine it is 
 query heads. A prompt needs stream 0 alone, for what the others compute there is read by nobody.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from parscale.errors import InputError
-from parscale.streams.adaptive import FirstStream, keep_hidden, run_hard_rows
+from parscale.streams.adaptive import keep_hidden, run_hard_rows
 from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import Tail, duplicate, first_stream, repeat_at
 
@@ -42,20 +41,6 @@ class FirstStreamCache:
         """Write this step's keys and values of stream 0; return all that the batch attends to."""
         key, value = before_tail(*of_first_stream(key_states, value_states, self.streams), self.tail)
         return self.inner.update(key, value, *args, **kwargs)
-
-
-class WrittenCache:
-    """What an attention module is given where stream 0 has run over the tokens already: what it wrote is read, and the
-    module's own keys and values are dropped."""
-
-    def __init__(self, inner: Cache, first: FirstStream) -> None:
-        self.first = first
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Float[Tensor, "b h s d"], Float[Tensor, "b h s e"]]:
-        """Return all that the rows attend to."""
-        return self.first.keys_and_values(layer_idx)
 
 
 def of_first_stream(key: Tensor, value: Tensor, streams: int) -> tuple[Tensor, Tensor]:
@@ -250,11 +235,11 @@ def _write_first_stream(module: Any, args: tuple[Any, ...], kwargs: dict[str, An
     state = module.stream_state
     if not (state.shares_kv or state.tail is not None):
         return None
-    if state.first is not None:
-        wrap: Any = partial(WrittenCache, first=state.first)
-    else:
-        wrap = partial(FirstStreamCache, streams=state.active, tail=state.tail)
-    return args, {k: wrap(x) if isinstance(x, Cache) else x for k, x in kwargs.items()}
+
+    def instead_of(cache: Cache) -> Any:
+        return state.first or FirstStreamCache(cache, state.active, state.tail)
+
+    return args, {k: instead_of(x) if isinstance(x, Cache) else x for k, x in kwargs.items()}
 
 
 def _take_first_stream(module: Any, args: tuple[Tensor, ...]) -> Any:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from parscale.errors import InputError
+from parscale.output import passing_bar
 from parscale.train.corpus import STDLIB, Document, Source, check_disjoint, read_documents, split_documents
 
 if TYPE_CHECKING:
@@ -251,13 +252,9 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", documents: Sequence[Document], limit: int | None) -> np.ndarray:
     """(tokens,) int32: each document's tokens and one end-of-text token, no more than `limit`."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
     parts: list[np.ndarray] = []
     count = 0
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with passing_bar() as progress:
         task = progress.add_task("tokenising", total=sum(len(document.text) for document in documents))
         for ids, characters in tokenize(tokenizer, documents):
             parts.append(ids)
