@@ -4,13 +4,15 @@ prompts of four requests that continuous batching packs.
     python benchmarks/shared_kv.py                                                    # 0.54 B, bf16: needs 10 GB
     python benchmarks/shared_kv.py --layers 2 --rounds 3 --prefill 64 --contexts 512  # small, to try it
 
-Own streams have a prefix each (the paper); shared ones a prefix and a LoRA each, one prefix for all and a LoRA each, as
-serving engines can hold it, or no prefix and a LoRA each but for the first, whose cache is the plain model's.
+Own streams have a prefix each (the paper); shared ones a prefix and a LoRA each, the same with the first one's LoRA
+merged into the weights, one prefix for all and a LoRA each, as serving engines can hold it, or no prefix and a LoRA
+each but for the first, whose cache is the plain model's.
 Rows: median, quartiles, and the median over rounds of the ratio to the plain model.
 CPU only.
 """
 
 import argparse
+import copy
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from record import interleaved, summary, write
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from worker import Case
 
-from parscale import StreamsConfig
+from parscale import StreamsConfig, merge_first
 from parscale.streams.parallelize import over_its_weights
 
 STREAMS = 8
@@ -34,17 +36,25 @@ KINDS = {
     "shared+lora, plain first": StreamsConfig(STREAMS, 0, diversify=("lora",), kv="shared", plain_first=True),
 }
 
+MERGED = "shared+lora, merged"
+
 
 def models(layers: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Kind → model; all over the same weights, not copied."""
+    """Kind → model; all over the same weights, which only the merged one copies."""
     plain = AutoModelForCausalLM.from_config(shape(layers), dtype=dtype).eval()
-    return {"plain": plain} | {kind: over_its_weights(plain, config) for kind, config in KINDS.items()}
+    built = {"plain": plain} | {kind: over_its_weights(plain, config) for kind, config in KINDS.items()}
+    return built | {MERGED: merge_first(copy.deepcopy(built["shared+lora"]))}
+
+
+def streamed(built: dict[str, Any]) -> list[str]:
+    """All kinds but the plain model."""
+    return [kind for kind in built if kind != "plain"]
 
 
 def generation(options: argparse.Namespace, built: dict[str, Any]) -> list[dict[str, Any]]:
     """Prefill by prompt length, then one token on a cache of each length."""
     cases = {"plain": Case(built["plain"])}
-    for kind in KINDS:
+    for kind in streamed(built):
         cases |= {f"{kind} P={p}": Case(built[kind], p) for p in (1, STREAMS)}
     rows: list[dict[str, Any]] = []
     for tokens in options.prefill:
@@ -72,7 +82,7 @@ def generation(options: argparse.Namespace, built: dict[str, Any]) -> list[dict[
 def batched(options: argparse.Namespace, built: dict[str, Any]) -> list[dict[str, Any]]:
     """The first token of four requests at once, by prompt length."""
     rows: list[dict[str, Any]] = []
-    for kind in KINDS:
+    for kind in streamed(built):
         built[kind].set_streams(STREAMS)
     for tokens in options.batched:
         runs = {
@@ -107,7 +117,7 @@ def training(options: argparse.Namespace) -> list[dict[str, Any]]:
         model.zero_grad()  # here, so that the waiting cases hold no gradients
 
     runs = {"plain": lambda: run(built["plain"], None)}
-    for kind in KINDS:
+    for kind in streamed(built):
         runs |= {f"{kind} P={p}": (lambda k=kind, p=p: run(built[k], p)) for p in (4, STREAMS)}
     about = {"phase": "training", "tokens": options.train_tokens, "layers": options.train_layers}
     return _timed(about, runs, options.rounds)

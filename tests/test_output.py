@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from parscale.output import print_table, write_text
+from parscale import InputError
+from parscale.output import check_new, print_table, whole_folder, write_text
 
 
 def test_a_file_is_written_with_its_folder(tmp_path: Path) -> None:
@@ -18,6 +19,32 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path: Path) -
         write_text(path, "new \ud800")
     assert path.read_text(encoding="utf-8") == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_is_whole_or_absent(tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    before = out.stat().st_ino if there else None
+    with pytest.raises(FileNotFoundError), whole_folder(out) as folder:
+        ((folder / "half").touch(), (folder / "none/half").touch())
+    assert [p.name for p in tmp_path.rglob("*")] == ["out"] * there
+    with whole_folder(out) as folder:
+        (folder / "a").write_text("all")
+        assert not (out / "a").exists()
+    assert [p.name for p in out.iterdir()] == ["a"]
+    assert before in (None, out.stat().st_ino)  # a shell may stand in it
+    with pytest.raises(InputError, match="holds something already"):
+        check_new(out)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/out' cannot be written"), whole_folder(tmp_path / "file/out"):
+        raise AssertionError
+    with pytest.raises(InputError, match="holds something already"):
+        check_new(tmp_path / "file")
 
 
 def test_brackets_in_a_table_are_text(capsys: pytest.CaptureFixture[str]) -> None:

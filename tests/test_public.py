@@ -58,7 +58,7 @@ print(model(torch.arange(8)[None]).logits.sum().item())
 LAYERS = (
     {"config", "errors", "output"},
     {"streams"},
-    {"load", "generate", "train", "probe", "probe_details", "probe_plot", "evaluate", "law", "cost"},
+    {"load", "generate", "merge_folder", "train", "probe", "probe_details", "probe_plot", "evaluate", "law", "cost"},
     {"experiments", "serve", "export", "hub"},
     {"cli"},
 )

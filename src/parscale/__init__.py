@@ -7,6 +7,7 @@ from parscale.streams.adaptive import HardTokens
 from parscale.streams.checkpoint import load_streams, save_streams, use_streams
 from parscale.streams.families import register_family
 from parscale.streams.hub import push_to_hub
+from parscale.streams.merge_first import merge_first
 from parscale.streams.parallelize import parallelize
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "StreamsConfig",
     "law",
     "load_streams",
+    "merge_first",
     "parallelize",
     "push_to_hub",
     "register_family",

@@ -379,6 +379,19 @@ def export(
     report_export(export_model(model, out, engine=to, weights=weights, **options), json)
 
 
+def merge_first(model: Model, out: Path) -> None:
+    """Merge the first stream's LoRA into the weights, the others' becoming differences to it: the same predictions, and
+    with shared keys and values a prompt costs what it costs the plain model. docs/shared-kv.md
+
+    Args:
+        model: a folder or a hub name of a model with a LoRA for each stream.
+        out: folder to write; it must not hold anything yet.
+    """
+    from parscale.merge_folder import merge_folder
+
+    print(merge_folder(model, out))
+
+
 _RECIPE = "pretrain, retrofit, frozen or sft, or a YAML file: values for the flags below, which win over it."
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -388,6 +401,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "law": law,
     "cost": cost,
     "plan": plan,
+    "merge-first": merge_first,
     "export": export,
     "serve": serve,
     "experiment": verbs.experiment,

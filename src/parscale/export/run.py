@@ -1,12 +1,11 @@
 """What `parscale export` does: load, fold, write for an engine, and measure what few bits have cost on real text.
 
-Nothing is left behind when it fails: all is written to a temporary folder beside, which is moved when it is complete.
+Nothing is left behind when it fails.
 """
 
 import logging
 import math
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -18,7 +17,7 @@ import torch
 
 from parscale.errors import InputError
 from parscale.export.folded import check_foldable
-from parscale.output import print_json
+from parscale.output import check_new, print_json, whole_folder
 
 Engine = Literal["onnx", "openvino"]
 Weights = Literal["float32", "int8", "int4"]
@@ -74,25 +73,17 @@ def export_model(
     for argument, value, least in (("sequences", sequences, 1), ("block_size", block_size, 2)):
         if value < least:
             raise InputError(f"{argument}={value} is not accepted; give a number >= {least}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out={str(out)!r} holds something already; give a new folder")
+    check_new(out)
     model, tokenizer = load_model(name, dtype=torch.float32), load_tokenizer(name)
     if streams is not None:
         choose_streams(model, streams)
     check_foldable(model)
     blocks = _held_out(tokenizer, data, sequences, block_size)  # before the tokenizer learns of placeholders
-    with _scratch(out) as scratch:
-        folder = scratch / "export"
-        folder.mkdir()  # within the temporary folder, which only its owner may read
+    with whole_folder(out) as folder:
         with _quietly():
             _write(model.eval(), tokenizer, folder, engine, weights)
         measured = {} if blocks is None else _measure(model, folder, engine, blocks)
         size = sum(file.stat().st_size for file in folder.rglob("*")) / 1e6
-        if out.exists():  # not replaced: it may be where the user's shell stands
-            for file in folder.iterdir():
-                file.replace(out / file.name)
-        else:
-            folder.replace(out)
     return Exported(out, engine, weights, getattr(model, "streams", 1), round(size, 3), **measured)
 
 
@@ -122,19 +113,6 @@ def report_export(exported: Exported, as_json: bool) -> None:
             f"perplexity on {exported.tokens:,} held-out tokens: float32 {exported.perplexity_float32:.3f}, "
             f"as written {exported.perplexity:.3f}"
         )
-
-
-@contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A new folder that is gone in the end, where files can be moved from to `out`."""
-    place = out if out.exists() else out.parent
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".parscale-", dir=place)
-    except OSError as error:
-        raise InputError(f"out={str(out)!r} cannot be written: {error}") from None
-    with scratch as name:
-        yield Path(name)
 
 
 @contextmanager

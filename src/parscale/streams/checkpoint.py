@@ -56,7 +56,7 @@ def save_streams(model: PreTrainedModel, directory: str | os.PathLike[str]) -> N
     Raises:
         InputError: the model has no streams, or a LoRA of `peft` is on it.
     """
-    _check_unwrapped(model)
+    check_unwrapped(model)
     if not isinstance(model, StreamsForCausalLM) or streams_of(model).is_plain:
         raise InputError(f"{type(model).__name__} has no streams to save; give it some with parallelize()")
     backbone: Any = model.base_model
@@ -93,8 +93,8 @@ def load_streams(
     manifest, found = _read(source, revision)
     if not isinstance(model, StreamsForCausalLM):
         check_model(model)
-    _check_unwrapped(model)
-    if isinstance(model, StreamsForCausalLM) and name in (held := _adapters(model)):
+    check_unwrapped(model)
+    if isinstance(model, StreamsForCausalLM) and name in (held := held_streams(model)):
         raise InputError(f"name={name!r} is taken; this model holds {sorted(held)}, give another")
     _check_base(model, manifest, source)
     entries = {key: manifest["config"].get(key) for key in _ENTRIES}
@@ -107,7 +107,7 @@ def load_streams(
         model.__class__ = model_class
         model.base_model.stream_adapters = {}  # type: ignore[assignment]
     model.base_model.stream_adapters[name] = adapter  # type: ignore[index]
-    _install(model, adapter)
+    install(model, adapter)
     return model
 
 
@@ -119,15 +119,15 @@ def use_streams(model: PreTrainedModel, name: str | None) -> None:
     Raises:
         InputError: nothing was loaded under that name, or a LoRA of `peft` is on the model.
     """
-    _check_unwrapped(model)
-    held = _adapters(model) if isinstance(model, StreamsForCausalLM) else {}
+    check_unwrapped(model)
+    held = held_streams(model) if isinstance(model, StreamsForCausalLM) else {}
     if name is not None and name not in held:
         raise InputError(f"name={name!r} is not among the streams that this model holds: {sorted(held)}")
     if name is not None:
         _check_attention(model, held[name].entries)
-        _install(model, held[name])
+        install(model, held[name])
     elif held:
-        _install(model, Adapter({"parscale": None} | _PLAIN.to_json(), {}))
+        install(model, Adapter({"parscale": None} | _PLAIN.to_json(), {}))
 
 
 def base_identity(model: PreTrainedModel) -> dict[str, Any]:
@@ -155,8 +155,12 @@ def base_identity(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _check_unwrapped(model: nn.Module) -> None:
-    """Stream tensors are found by their names."""
+def check_unwrapped(model: nn.Module) -> None:
+    """Stream tensors are found by their names.
+
+    Raises:
+        InputError: a LoRA of `peft` is on the model.
+    """
     if is_wrapped(model):
         raise InputError(
             f"{type(model).__name__} has a LoRA of peft on it, which renames its modules: take the LoRA off first, "
@@ -231,7 +235,8 @@ def _check_attention(model: Any, entries: dict[str, Any]) -> None:
         check_attention(model, model.config._attn_implementation)
 
 
-def _install(model: Any, adapter: Adapter) -> None:
+def install(model: Any, adapter: Adapter) -> None:
+    """Use these streams from now on, all of them, in place of those that are in use."""
     remove_streams(model)
     for key, value in adapter.entries.items():
         setattr(model.config, key, value)
@@ -247,7 +252,7 @@ def _install(model: Any, adapter: Adapter) -> None:
     model.config._attn_implementation = implementation
 
 
-def _adapters(model: Any) -> dict[str, Adapter]:
+def held_streams(model: Any) -> dict[str, Adapter]:
     """What the model holds. The streams that it came with join as "default" on the first look."""
     held = model.base_model.stream_adapters
     if not held and stream_tensors(model):

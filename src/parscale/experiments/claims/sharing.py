@@ -34,8 +34,8 @@ EQUAL = f"P=1, LoRA of {P_ELSEWHERE} streams"
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
-    """Own keys and values and shared ones: from scratch and on a trained model at every P, at P = 4 for other sizes,
-    and with another remedy or none."""
+    """Own keys and values and shared ones: from scratch and on a trained model at every P, at P = 4 for other sizes of
+    both, and with another remedy or none."""
     found = []
     for corpus in corpora:
         control = scale.run("pretrain, control", corpus, scale.prefix(1))
@@ -46,16 +46,15 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         )
         found += against(control, streamed)
         base = scale.base(corpus)
-        places: dict[str, dict[str, Any]] = {
-            f"pretrain {size}": {"model": size} for size in scale.sizes[:SIZES] if size != scale.model
-        } | {stage: {"stage": stage, "start": base} for stage in SECOND}
+        places: dict[str, dict[str, Any]] = {stage: {"stage": stage, "start": base} for stage in SECOND}
         for place, more in places.items():
             control = scale.run(f"{place}, control", corpus, scale.prefix(1), **more)
-            streamed = _both(scale, place, corpus, scale.streams if place in SECOND else (P_ELSEWHERE,), **more)
-            if place in SECOND:
-                streamed += [_equal(scale, place, corpus, **more)]
-                streamed += _both(scale, place, corpus, (P_ELSEWHERE,), "slow head", **SLOW, **more)
+            streamed = [*_both(scale, place, corpus, scale.streams, **more), _equal(scale, place, corpus, **more)]
+            streamed += _both(scale, place, corpus, (P_ELSEWHERE,), "slow head", **SLOW, **more)
             found += against(control, streamed)
+        for place, more in _elsewhere(scale, corpus).items():
+            control = scale.run(f"{place}, control", corpus, scale.prefix(1), **more)
+            found += against(control, _both(scale, place, corpus, (P_ELSEWHERE,), **more))
     return list(dict.fromkeys(found))
 
 
@@ -97,6 +96,16 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         curves |= gain_points(rows, of_place, f"{place}, control")
     reason = "; ".join(said) or "No run with shared keys at P = 4 or 8"
     return Verdict(combine(outcomes), f"{reason}.", table, curves, ("P", "gain over the control (nats)"))
+
+
+def _elsewhere(scale: Scale, corpus: str) -> dict[str, dict[str, Any]]:
+    """Other sizes: from scratch, and on a trained model of that size."""
+    places: dict[str, dict[str, Any]] = {}
+    for size in (size for size in scale.sizes[:SIZES] if size != scale.model):
+        places[f"pretrain {size}"] = {"model": size}
+        for stage in SECOND if scale.name != "smoke" else ():
+            places[f"{stage} {size}"] = {"stage": stage, "start": scale.base(corpus, model=size), "model": size}
+    return places
 
 
 def _both(scale: Scale, place: str, corpus: str, counts: Sequence[int], other: str = "", **changes: Any) -> list[Run]:
