@@ -110,7 +110,7 @@ def test_smoothing() -> None:
 
 def test_smoothing_has_to_keep_the_weights_even_too() -> None:
     rows = smoothed(0, 0.6, *CONTROL) + smoothed(0.1, 0.95, 2.9, 3.0, 3.1)
-    assert verdict("smoothing", rows).outcome == "undecided"
+    assert verdict("smoothing", rows).outcome == "not supported"
 
 
 def test_what_smoothing_gives_to_all_is_no_balance_of_the_head() -> None:
@@ -135,6 +135,8 @@ def test_dynamic_adds_what_fewer_streams_lose_to_the_loss_of_all() -> None:
     assert "adapter P=2 over one stream's on the same frozen backbone, on code: +0.2" in found.reason
     worse = [r | {"validation_loss": r["validation_loss"] + 1 * (r["name"] == "trained at P=4")} for r in rows]
     assert verdict("dynamic", worse).outcome == "supported", "it was not trained for fewer streams"
+    slow = seeds("trained at random p, slow head", 2.7, 2.8, 2.9, measured=measured)
+    assert verdict("dynamic", rows + slow).outcome == "not supported", "the slow head, which all have, decides"
     without = [row for row in rows if row["name"] != "control"]
     assert verdict("dynamic", without).outcome == "not run", "a sweep under way may lack the control yet"
 
