@@ -1,14 +1,18 @@
 """The command line as a user meets it: exit codes, one line of error, nothing half-written."""
 
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
+from parscale import __version__
 from parscale.cli import main
 from parscale.generate import complete
 from parscale.load import load_tokenizer
@@ -191,11 +195,20 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: tuple, named: str, fol
 
 
 def test_a_process_ends_with_the_exit_code() -> None:
-    command = [sys.executable, "-m", "parscale.cli", "generate", "./nowhere", "hello"]
+    command = [sys.executable, "-m", "parscale", "generate", "./nowhere", "hello"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("parscale: model './nowhere'")
     assert done.stderr.count("\n") == 1
+
+
+def test_the_version_names_what_a_report_needs(parscale: Run) -> None:
+    code, said, _ = parscale("--version")
+    assert code == 0
+    assert said == (
+        f"parscale {__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}\n"
+    )
 
 
 def test_a_truncated_checkpoint_is_one_line(trained: Path, folder: Path, parscale: Run) -> None:

@@ -5,9 +5,11 @@ Imports stand inside the verbs, so that each loads only what it needs.
 
 import argparse
 import os
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -446,6 +448,15 @@ def _tells_streams(argv: list[str]) -> bool:
     return any(name in flags for name in given)
 
 
+_DESCRIPTION = "Parallel streams for causal language models. --version alone prints the versions at work."
+
+
+def _versions() -> str:
+    """What a report of a fault has to name."""
+    named = ", ".join(f"{name} {version(name)}" for name in ("parscale", "torch", "transformers"))
+    return f"{named}, Python {platform.python_version()}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one verb. Returns 0; 2 with one line on stderr when the input is at fault; 130 when interrupted."""
     # transformers' bars and notices are for its own developers; a verb has its own bar and says what matters.
@@ -455,11 +466,13 @@ def main(argv: list[str] | None = None) -> int:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments == ["--version"]:
+        print(_versions())
+        return 0
     try:
-        verbs = {"train": _train_verb(sys.argv[1:] if argv is None else argv)} | VERBS
-        tyro.extras.subcommand_cli_from_dict(
-            verbs, prog="parscale", description="Parallel streams for causal language models.", args=argv
-        )
+        verbs = {"train": _train_verb(arguments)} | VERBS
+        tyro.extras.subcommand_cli_from_dict(verbs, prog="parscale", description=_DESCRIPTION, args=arguments)
     except (InputError, OSError) as error:
         print(f"parscale: {error}", file=sys.stderr)
         return 2
@@ -467,7 +480,3 @@ def main(argv: list[str] | None = None) -> int:
         print("parscale: interrupted", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

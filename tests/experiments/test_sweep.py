@@ -238,7 +238,7 @@ def test_a_sparse_shape_has_the_active_width_of_the_dense_one() -> None:
 def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
     """Killed without warning once the first row is there; its rows stay, and each run is in the file once."""
     corpus = write_corpus(tmp_path / "corpus")
-    command = [sys.executable, "-m", "parscale.cli", "experiment", "baseline", "--corpus", f"code={corpus}"]
+    command = [sys.executable, "-m", "parscale", "experiment", "baseline", "--corpus", f"code={corpus}"]
     environment = os.environ | {"PARSCALE_CACHE": str(tmp_path / "cache")}
     file = tmp_path / "results" / "baseline.jsonl"
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
@@ -259,7 +259,7 @@ def test_a_killed_sweep_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_that_is_told_to_stop_saves_and_leaves_no_worker_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "parscale.cli", "experiment", "baseline", "--scale", "cpu", "--workers", "2"]
+    command = [sys.executable, "-m", "parscale", "experiment", "baseline", "--scale", "cpu", "--workers", "2"]
     command += ["--seeds", "1", "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None

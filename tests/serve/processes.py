@@ -86,7 +86,7 @@ class Server:
 @contextlib.contextmanager
 def serving(folder: Path, *arguments: object, key: str | None = KEY) -> Iterator[Server]:
     """`parscale serve folder` on a free port; it is killed at the end if it still runs."""
-    command = [sys.executable, "-m", "parscale.cli", "serve", folder, "--port", 0, *arguments]
+    command = [sys.executable, "-m", "parscale", "serve", folder, "--port", 0, *arguments]
     command += [] if key is None else ["--api-key", key]
     with subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

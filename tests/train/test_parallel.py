@@ -200,7 +200,7 @@ def _launch(launcher: str, output: Path, base: Path, corpus: Path) -> Any:
     if launcher.startswith("zero"):
         pytest.importorskip("deepspeed", reason="needs deepspeed")
     command = [
-        "-m", "parscale.cli", "train", "retrofit", "--output", output, "--model", base, "--data", corpus,
+        "-m", "parscale", "train", "retrofit", "--output", output, "--model", base, "--data", corpus,
         "--cache-dir", corpus.parent / "cache", "--streams", "2", "--prefix-tokens", "4", "--diversify", "prefix",
         "embedding", "--tokens", str(20 * 4 * 16), "--batch-size", "2", "--block-size", "16", "--validation-blocks",
         "4", "--evaluations", "1",
