@@ -47,6 +47,8 @@ class StreamsConfig:
             added to the token embeddings), "lora" (a low-rank update of the projections per stream) and "rank1" (scales
             on the inputs and outputs of the projections per stream). One stream has them too, but for the embedding.
         lora_rank: r of "lora".
+        lora_targets: last names of the projections that "lora" is for, such as `q_proj`; with none, all that read the
+            hidden state.
         kv: whose keys and values the streams attend to: each its "own" (the paper), or those of the first stream, for
             one stream's KV cache and prefill ("shared").
         shared_prefix: with shared keys and values, one prefix for all streams, as serving engines can hold it.
@@ -66,6 +68,7 @@ class StreamsConfig:
     prefix_scale: float = 1.0
     diversify: tuple[Diversifier, ...] = ("prefix",)
     lora_rank: int = 8
+    lora_targets: tuple[str, ...] = ()
     kv: KV = "own"
     shared_prefix: bool = False
     plain_first: bool = False
@@ -92,12 +95,17 @@ class StreamsConfig:
                 f"prefix_scale={self.prefix_scale} with prefix_init={self.prefix_init!r} is not accepted; it goes with "
                 "'normal' or 'orthogonal'"
             )
-        given: Any = self.diversify
-        chosen = tuple(given) if isinstance(given, list | tuple) else (given,)
-        known = all(name in DIVERSIFIERS for name in chosen)
-        _require(known and len(set(chosen)) == len(chosen), "diversify", given, f"distinct names from {DIVERSIFIERS}")
+        chosen = _as_tuple(self.diversify)
+        known = all(name in DIVERSIFIERS for name in chosen) and len(set(chosen)) == len(chosen)
+        _require(known, "diversify", self.diversify, f"distinct names from {DIVERSIFIERS}")
         object.__setattr__(self, "diversify", chosen)
         _require(_is_int(self.lora_rank) and self.lora_rank >= 1, "lora_rank", self.lora_rank, "an integer >= 1")
+        targets = _as_tuple(self.lora_targets)
+        told = all(isinstance(name, str) for name in targets) and len(set(targets)) == len(targets)
+        _require(told, "lora_targets", self.lora_targets, "distinct names of projections")
+        if targets and "lora" not in chosen:
+            raise InputError(f"lora_targets={targets} with diversify={chosen} is not accepted; it goes with 'lora'")
+        object.__setattr__(self, "lora_targets", targets)
         _require(self.kv in KVS, "kv", self.kv, f"one of {KVS}")
         _require(isinstance(self.shared_prefix, bool), "shared_prefix", self.shared_prefix, "true or false")
         if self.shared_prefix and self.kv != "shared":
@@ -217,6 +225,10 @@ _RELEASED_NAMES = {
     "prefix_tokens": "parscale_n_tokens",
     "smoothing": "parscale_attn_smooth",
 }
+
+
+def _as_tuple(given: Any) -> tuple[Any, ...]:
+    return tuple(given) if isinstance(given, list | tuple) else (given,)
 
 
 def _is_int(value: object) -> bool:

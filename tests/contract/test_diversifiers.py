@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import parscale
 from parscale import StreamsConfig
 from parscale.config import DIVERSIFIERS
+from parscale.streams.diversify import projections
 from tests.contract.conftest import Case, P
 from tests.contract.reference import UPDATES, truth
 from tests.contract.test_generation import NEW, argmax_loop
@@ -30,6 +31,20 @@ def test_equals_separate_passes(case: Case, ids: Tensor, diversify: tuple[str, .
     for p, one in expected.items():
         model.set_streams(p)
         replace(one, tolerance=tolerance).close(model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_lora_on_chosen_projections(case: Case, ids: Tensor) -> None:
+    """On the last and no other one: that is the mean of the passes with the update there."""
+    *others, last = dict.fromkeys(name.rpartition(".")[2] for name in projections.find(case.plain))
+    model = case.build(diversify=("lora",), lora_rank=3, lora_targets=(last,))
+    owners = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith("stream_lora_b")}
+    assert owners == {last}
+    expected = truth(case.plain, model, ids)
+    expected.close(model(ids).logits)
+    if others:
+        whole = case.build(diversify=("lora",), lora_rank=3)
+        assert (whole(ids).logits - expected.logits).abs().mean() > 1e-3
 
 
 @torch.no_grad()

@@ -398,6 +398,33 @@ def test_rates_near_the_chosen_ones_must_keep_half_of_the_gain_over_controls_of_
     assert verdict("rates", rows[:6]).outcome == "not run"
 
 
+def test_lora_must_keep_most_of_what_four_times_its_rank_gains() -> None:
+    def of(rank: int, streams: int = 4, **changes: Any) -> dict[str, Any]:
+        chosen = {"streams": streams, "diversify": ["prefix", "lora"], "lora_rank": rank} | changes
+        weights = [0.3, 0.3, 0.2, 0.2][:streams]
+        measured = {"measured": {"weights": weights}, "stream_parameters": 100}
+        return {"streams": streams, "run": {"streams": chosen}} | measured
+
+    rows = []
+    for place in ("from scratch", "frozen"):
+        rows += seeds(f"{place}, control", *CONTROL)
+        rows += seeds(f"{place}, rank × 1", 2.8, 2.9, 3.0, **of(8)) + seeds(
+            f"{place}, rank × 4", 2.79, 2.89, 2.99, **of(32)
+        )
+    found = verdict("lora", rows)
+    assert found.outcome == "supported"  # 0.2 is more than 0.8 of 0.21
+    assert found.curves["code, frozen"] == [(8.0, pytest.approx(0.2)), (32.0, pytest.approx(0.21))]
+    told = rows + seeds("frozen, MLP alone", 2.5, 2.6, 2.7, **of(8, lora_targets=["up_proj"]))
+    told += seeds("frozen, one stream as large as with rank × 1", 2.9, 3.0, 3.1, **of(32, streams=1))
+    found = verdict("lora", told)
+    assert found.outcome == "supported", "they are told, and decide nothing"
+    assert [line["projections"] for line in found.table][-2:] == ["up_proj", "all"]
+    assert found.table[2]["over one stream of as many parameters"].startswith("+0.1000")
+    assert "frozen, MLP" not in found.curves
+    lost = [row | {"validation_loss": row["validation_loss"] - 0.3 * row["name"].endswith("× 4")} for row in rows]
+    assert verdict("lora", lost).outcome == "not supported"
+
+
 def test_sft() -> None:
     rows = seeds("control", *CONTROL) + seeds("P=2", 3.1, 3.2, 3.3)
     assert verdict("sft", rows).outcome == "not supported"

@@ -21,6 +21,7 @@ CASES = {
     "no prefix": ("llama", {"diversify": ("lora",), "active": 3}),
     "shared": ("qwen3", {"diversify": ("lora", "rank1"), "kv": "shared"}),
     "shared prefix": ("qwen2", {"diversify": ("prefix", "embedding"), "kv": "shared", "shared_prefix": True}),
+    "targets": ("qwen2", {"diversify": ("prefix", "lora"), "lora_targets": ("q_proj", "up_proj")}),
     "plain first": ("qwen3", {"diversify": ("lora",), "kv": "shared", "plain_first": True}),
     "plain": ("qwen3", None),
 }

@@ -1,6 +1,7 @@
 """What tells streams apart: where the parameters lie, how they start, which models can carry them, what is kept."""
 
 import copy
+import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import parscale
 from parscale import InputError, StreamsConfig, load_streams, save_streams, use_streams
 from parscale.config import DIVERSIFIERS
+from parscale.load import load_model
 from parscale.streams.diversify import lora, projections, protocol, rank1
 from parscale.streams.families import register_family
 from tests.contract.conftest import P, parallelized
@@ -98,6 +100,31 @@ def test_parameters_lie_beside_the_weights() -> None:
         "stream_scale_in": (P, 32),
         "stream_scale_out": (P, 48),
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lora_targets": ("q_proj", "wq")}, r"lora_targets wq: Qwen2.*it has q_proj, k_proj, v_proj, gate_proj, up_"),
+        ({"lora_targets": ("k_proj", "v_proj"), "kv": "shared"}, r"k_proj, v_proj with kv='shared': only the first"),
+    ],
+)
+def test_targets_that_no_stream_can_have_are_refused(settings: dict[str, Any], said: str) -> None:
+    model = family("qwen2")
+    with pytest.raises(InputError, match=said):
+        parscale.parallelize(model, StreamsConfig(P, diversify=("prefix", "lora"), **settings))
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+
+
+@torch.no_grad()
+def test_targets_are_saved_with_the_model(ids: Tensor, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"lora_targets": ["up_proj", "q_proj"], "kv": "shared", "plain_first": True}
+    model = build("qwen2", "prefix", "lora", **settings)
+    with_update = {name for name, module in model.named_modules() if hasattr(module, "stream_lora_a")}
+    assert {name.rpartition(".")[2] for name in with_update} == {"up_proj", "q_proj"}
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["parscale"]["lora_targets"] == ["up_proj", "q_proj"]
+    torch.testing.assert_close(load_model(tmp_path)(ids).logits, model(ids).logits)
 
 
 def test_no_projection_is_refused_before_anything_changes() -> None:
@@ -375,6 +402,14 @@ def test_what_a_config_has() -> None:
 def test_impossible_ranks_are_refused(rank: Any) -> None:
     with pytest.raises(InputError, match="lora_rank"):
         StreamsConfig(lora_rank=rank)
+
+
+@pytest.mark.parametrize("targets", [(3,), ("q_proj", "q_proj"), None])
+def test_impossible_targets_are_refused(targets: Any) -> None:
+    with pytest.raises(InputError, match="lora_targets"):
+        StreamsConfig(diversify=("lora",), lora_targets=targets)
+    with pytest.raises(InputError, match="goes with 'lora'"):
+        StreamsConfig(lora_targets=("q_proj",))
 
 
 def test_streams_with_nothing_between_them_are_refused() -> None:

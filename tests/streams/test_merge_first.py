@@ -39,6 +39,16 @@ def test_the_difference_keeps_the_settings() -> None:
 
 
 @torch.no_grad()
+def test_a_lora_on_chosen_projections(ids: Tensor) -> None:
+    model = with_streams(build(), **BOTH, lora_targets=("q_proj", "k_proj")).double()
+    expected = model(ids).logits
+    merge_first(model)
+    owners = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith("stream_lora_a")}
+    assert owners == {"q_proj"}, "the keys are the first stream's alone"
+    assert torch.allclose(model(ids).logits, expected, atol=1e-12)
+
+
+@torch.no_grad()
 def test_half_precision_rounds_no_more_than_the_weights(ids: Tensor) -> None:
     model = with_streams(build(), **BOTH)
     exact = merge_first(copy.deepcopy(model))

@@ -105,6 +105,13 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert_equal(run(folder)["rounds"][0], reference(folder))
 
 
+def test_a_lora_on_chosen_projections(tmp_path: Path) -> None:
+    folder = save(
+        tmp_path / "m", streams=OWN | {"diversify": ("prefix", "lora"), "lora_targets": ("q_proj", "up_proj")}
+    )
+    assert_equal(run(folder)["rounds"][0], reference(folder))
+
+
 def test_chunked_prefill(tmp_path: Path) -> None:
     folder = save(tmp_path / "m", streams=OWN)
     told = run(folder, max_num_batched_tokens=32, enable_chunked_prefill=True)

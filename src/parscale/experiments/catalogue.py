@@ -12,6 +12,7 @@ from parscale.experiments.claims import (
     dynamic,
     efficiency,
     law,
+    lora,
     many_streams,
     moe,
     prefix,
@@ -25,7 +26,7 @@ from parscale.experiments.claims import (
 
 MODULES = (
     baseline, aggregation, efficiency, law, many_streams, data, split, moe, smoothing, domains, prefix, dynamic, sft,
-    theory, sharing, balance, diversifiers, rates,
+    theory, sharing, balance, diversifiers, rates, lora,
 )  # fmt: skip
 CLAIMS: dict[str, Claim] = {module.CLAIM.name: module.CLAIM for module in MODULES}
 

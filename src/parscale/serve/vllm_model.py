@@ -26,7 +26,7 @@ from vllm.v1.attention.selector import get_attn_backend
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.streams.aggregate import AggregationHead, stream_weights
-from parscale.streams.diversify.projections import streams_at
+from parscale.streams.diversify.lora import streams_at
 from parscale.streams.merge import merge
 from parscale.streams.tensors import belongs_to_streams
 

@@ -1,7 +1,8 @@
 """A low-rank update of the projections per stream: W_p = W + A_p·B_p, rank r (LoRA, arXiv 2106.09685, one per stream).
 
 Not in the paper. On every projection that reads the hidden state lie `stream_lora_a` (P, in, r) and `stream_lora_b`
-(P, r, out). The P updates of an input are two batched products; P weights are never made.
+(P, r, out), or on those that `lora_targets` names. The P updates of an input are two batched products; P weights are
+never made.
 
 With `plain_first` stream 0 has none: its entries are there, so that entry i is stream i's, and stay as they start.
 """
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from parscale.config import StreamsConfig
+from parscale.errors import InputError
 from parscale.streams.attention import StreamState
 from parscale.streams.diversify import projections
 from parscale.streams.diversify.calibration import Calibration
@@ -33,15 +35,15 @@ def add_update(
 
 
 def check(model: Any, calibration: Calibration, config: StreamsConfig) -> None:
-    """The model needs projections of the hidden state."""
-    projections.find(model)
+    """The model needs projections of the hidden state, of the names that are asked for."""
+    _targets(model, config)
 
 
 def attach(model: Any, state: StreamState) -> None:
     """Give every projection its factors, uninitialised, and the hook that uses them."""
     rank = state.config.lora_rank
-    for name, projection in projections.find(model).items():
-        streams = projections.streams_at(name, state.config)
+    for name, projection in _targets(model, state.config).items():
+        streams = streams_at(name, state.config)
         if streams == 0:
             continue
         (size_in, size_out), place = projections.sizes(projection), projections.place_of(projection, model)
@@ -49,6 +51,12 @@ def attach(model: Any, state: StreamState) -> None:
         projection.stream_lora_a = nn.Parameter(torch.empty(streams, size_in, rank, **place))
         projection.stream_lora_b = nn.Parameter(torch.empty(streams, rank, size_out, **place))
         projection.stream_lora_hook = projection.register_forward_hook(_use_update)
+
+
+def streams_at(name: str, config: StreamsConfig) -> int:
+    """How many entries the factors at the projection of this name have; 0 where it has none."""
+    wanted = not config.lora_targets or name.rpartition(".")[2] in config.lora_targets
+    return projections.streams_at(name, config) if wanted else 0
 
 
 def detach(model: Any) -> None:
@@ -69,6 +77,27 @@ def init(model: Any, calibration: Calibration) -> None:
 def reset(module: nn.Module, std: float) -> None:
     """Random A, zero B."""
     _start(module)
+
+
+def _targets(model: Any, config: StreamsConfig) -> dict[str, Any]:
+    """Projections by name, all of them where every one that is asked for is there.
+
+    Raises:
+        InputError: one is not, or those that are asked for have factors for the first stream alone.
+    """
+    found = projections.find(model)
+    leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in found))
+    if missing := [target for target in config.lora_targets if target not in leaves]:
+        raise InputError(
+            f"lora_targets {', '.join(missing)}: {type(model).__name__} has no such projection of the hidden state; "
+            f"it has {', '.join(leaves)}"
+        )
+    if config.streams > 1 and all(streams_at(name, config) < config.streams for name in found):
+        raise InputError(
+            f"lora_targets {', '.join(config.lora_targets)} with kv='shared': only the first stream makes keys and "
+            "values, so no other one would have a LoRA; name another projection as well"
+        )
+    return found
 
 
 def _start(module: Any) -> None:
