@@ -249,6 +249,15 @@ def test_runs_with_a_load_balance_have_a_law_of_their_own_that_decides_nothing()
     assert {r["name"].split(",")[0] for r in law.by_remedy(rows + of_one_size)["load balance"]} == {"5e+08"}
 
 
+def test_a_rate_by_width_has_the_scales_own_width_as_it_is() -> None:
+    rows = [r | {"name": r["name"].replace("1.1e+09", "pico")} for r in law_rows(0.2)]
+    by_width = [r | {"name": f"{r['name']}, rate by width"} for r in law_rows(0.6) if r["name"].startswith("5e+08")]
+    kinds = law.by_remedy([r | {"scale": "cpu"} for r in rows + by_width])
+    assert [r["name"] for r in kinds[""]] == [r["name"] for r in rows]
+    assert {r["name"].split(", P")[0] for r in kinds["rate by width"]} == {"pico", "5e+08"}
+    assert all(r["name"].endswith("rate by width") for r in kinds["rate by width"] if r["name"].startswith("5e+08"))
+
+
 @pytest.mark.slow
 def test_a_load_balance_is_told_beside_the_law() -> None:
     even = [r | {"name": f"{r['name']}, load balance"} for r in law_rows(0.6, seeds=1) if r["streams"] >= 4]

@@ -120,16 +120,16 @@ class Scale:
             "batch_size": self.batch_size,
             "block_size": self.block_size,
             "vocab_size": self.vocab_size,
-            "learning_rate": self._rate(changes.get("model", self.model)),
+            "learning_rate": self.by_width(self.learning_rate, changes.get("model", self.model)),
             "stream_learning_rate": self.stream_learning_rate,
         }
         return Run(name, corpus, streams=streams, **given | changes)
 
-    def _rate(self, model: str) -> float:
-        """Adam's best rate for matrices falls as one over their width (arXiv 2203.03466, table 3). A rate for one
-        size alone would pass for an effect of size."""
+    def by_width(self, rate: float, model: str) -> float:
+        """A rate of this scale's own width, for that of `model`: Adam's best one for matrices falls as one over their
+        width (arXiv 2203.03466, table 3). A rate for one size alone would pass for an effect of size."""
         width, own = hidden_size(model), hidden_size(self.model)
-        return self.learning_rate * own / width if own and width else self.learning_rate
+        return rate * own / width if own and width else rate
 
     def base(self, corpus: str, **changes: Any) -> Run:
         """The plain model that stage 2 continues."""

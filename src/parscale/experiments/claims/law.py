@@ -11,7 +11,7 @@ import numpy as np
 
 from parscale.errors import InputError
 from parscale.experiments.claim import Claim
-from parscale.experiments.runs import EVEN, MANY, Run, Scale, remedy
+from parscale.experiments.runs import EVEN, MANY, SCALES, Run, Scale, against, remedy
 from parscale.experiments.verdicts import SEEDS, WORTH, Row, Verdict, by_corpus, by_seed, combine, names
 from parscale.law.compare import compare
 from parscale.law.fit import Law, bootstrap, fit
@@ -23,6 +23,9 @@ LEAST = 5
 """Sizes and P together: the form has four coefficients."""
 EVENLY = "load balance"
 """Many streams are also run with it in the slow head's place: is k of the method, or of what keeps them in use?"""
+BY_WIDTH = "rate by width"
+"""Models of another width than the scale's own are also run with the streams' rate inversely proportional to it, as the
+backbone's is: is what larger models gain less by one of size, or of a rate that is too high for them?"""
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -39,7 +42,15 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
                 found.append(scale.run(f"{size}, P={p}", corpus, make(p), **more, **({} if paper else remedy(p))))
                 if p >= MANY and not paper:
                     evenly.append(scale.run(f"{size}, P={p}, {EVENLY}", corpus, make(p), **more, **EVEN))
+            if size != scale.model and not paper:
+                found += _by_width(scale, size, corpus, streams)
     return found + evenly
+
+
+def _by_width(scale: Scale, size: str, corpus: str, streams: Sequence[int]) -> list[Run]:
+    more: Any = {"model": size, "stream_learning_rate": scale.by_width(scale.stream_learning_rate, size)}
+    streamed = [scale.run(f"{size}, P={p}, {BY_WIDTH}", corpus, scale.lora(p), **more, **remedy(p)) for p in streams]
+    return against(scale.run(f"{size}, P=1, {BY_WIDTH}", corpus, scale.prefix(1), **more), streamed)
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
@@ -98,12 +109,16 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 
 
 def by_remedy(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The runs as they come, and those where many streams have a load balance, with the few streams beside them."""
-    even = [row for row in rows if row["name"].endswith(EVENLY)]
-    rest = [row for row in rows if not row["name"].endswith(EVENLY)]
-    sizes = {_size(row) for row in even}
-    few = [row for row in rest if row["streams"] < MANY and _size(row) in sizes]
-    return {"": rest} | ({EVENLY: few + even} if even else {})
+    """The runs as they come; those where many streams have a load balance, with the few streams beside them; and those
+    with a rate for each width, with the scale's own width beside them."""
+    rest = [row for row in rows if not row["name"].endswith((EVENLY, BY_WIDTH))]
+    found = {"": rest} if rest else {}
+    if even := [row for row in rows if row["name"].endswith(EVENLY)]:
+        sizes = {_size(row) for row in even}
+        found[EVENLY] = [row for row in rest if row["streams"] < MANY and _size(row) in sizes] + even
+    if by_width := [row for row in rows if row["name"].endswith(BY_WIDTH)]:
+        found[BY_WIDTH] = [row for row in rest if _size(row) == SCALES[row["scale"]].model] + by_width
+    return found
 
 
 def law_runs(rows: Sequence[Row], own: bool = False) -> list[dict[str, Any]]:
