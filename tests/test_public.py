@@ -61,6 +61,7 @@ LAYERS = (
     {"load", "generate", "merge_folder", "train", "probe", "probe_details", "probe_plot", "evaluate", "law", "cost"},
     {"experiments", "serve", "export", "hub"},
     {"cli"},
+    {"__main__"},
 )
 """From below: a file may import its own layer and those before it."""
 
