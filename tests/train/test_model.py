@@ -75,7 +75,7 @@ def test_streams_and_lora_lie_beside_each_other_and_give_the_same_logits(
         at_the_end.append(logits(model, ids))
         save(model, *more)
 
-    monkeypatch.setattr("parscale.train.trainer.save_model", look_and_save)
+    monkeypatch.setattr("parscale.train.folder.save_model", look_and_save)
     config = run("retrofit", tmp_path / "again", model=str(base), streams=STREAMS, peft="lora", peft_rank=2)
     train(config, data=text)
     files = {file.name for file in (tmp_path / "again").iterdir()}

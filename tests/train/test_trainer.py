@@ -15,7 +15,8 @@ from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.load import load_model, load_tokenizer
 from parscale.train.data import PackedText
-from parscale.train.trainer import StreamsTrainer, check_output, train
+from parscale.train.folder import check_output
+from parscale.train.trainer import StreamsTrainer, train
 from tests.train.conftest import run
 
 STREAMS = StreamsConfig(2, 8, diversify=("prefix", "embedding"))

@@ -29,7 +29,8 @@ from parscale.probe import StreamProbe, probe_streams
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import STDLIB
 from parscale.train.data import PackedText, load_text
-from parscale.train.trainer import TrainResult, check_output, train
+from parscale.train.folder import TrainResult, check_output
+from parscale.train.trainer import train
 
 Scale = Literal["auto", "smoke", "cpu", "gpu"]
 

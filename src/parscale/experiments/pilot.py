@@ -22,9 +22,10 @@ from parscale.streams.parallelize import parallelize
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import read_documents, split_documents
 from parscale.train.data import PackedText, load_text, sample
+from parscale.train.folder import check_output
 from parscale.train.shapes import check_context
 from parscale.train.stages import count_stream_parameters, freeze_backbone
-from parscale.train.trainer import check_output, train
+from parscale.train.trainer import train
 
 STREAMS = (2, 4)
 LORA_RANK = 8

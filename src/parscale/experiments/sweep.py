@@ -33,9 +33,10 @@ from parscale.output import say
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, load_text, sample
 from parscale.train.faults import OutOfTime, catching_sigterm
+from parscale.train.folder import TrainResult, finished_run
 from parscale.train.prepare import FORGETTING
 from parscale.train.sft import load_chats
-from parscale.train.trainer import TrainResult, finished_run, train
+from parscale.train.trainer import train
 
 Corpora = Mapping[str, tuple[str, ...]]
 FIXED: dict[str, Any] = {"weight_decay": 0.1, "schedule": "wsd", "warmup": 0.05, "gradient_clip": 1.0}

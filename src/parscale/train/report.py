@@ -13,9 +13,10 @@ from parscale.errors import InputError
 from parscale.load import RECORD, comes_with_streams
 from parscale.output import print_table, write_text
 from parscale.train.config import TrainConfig
+from parscale.train.folder import CONTROL, TrainResult, check_output
 from parscale.train.parallel import is_first_process
 from parscale.train.prepare import prepare
-from parscale.train.trainer import CONTROL, TrainResult, check_output, train
+from parscale.train.trainer import train
 
 
 def run(config: TrainConfig) -> TrainResult:
