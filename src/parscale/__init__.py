@@ -3,6 +3,7 @@
 from parscale import law
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
+from parscale.probe import probe_streams
 from parscale.streams.adaptive import HardTokens
 from parscale.streams.checkpoint import load_streams, save_streams, use_streams
 from parscale.streams.families import register_family
@@ -20,6 +21,7 @@ __all__ = [
     "load_streams",
     "merge_first",
     "parallelize",
+    "probe_streams",
     "push_to_hub",
     "register_family",
     "save_streams",
