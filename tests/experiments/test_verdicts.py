@@ -294,6 +294,19 @@ def test_data_compares_the_gains_at_least_and_most_tokens() -> None:
     assert [told.split()[0] for told in of_equal_compute] == ["+0.0500", "+0.1000", "not"]  # every control is the same
 
 
+@pytest.mark.parametrize(("gain", "outcome"), [(0.05, "supported"), (0.0, "undecided"), (-0.05, "undecided")])
+def test_together_wants_a_gain_at_every_size(gain: float, outcome: str) -> None:
+    """At the smallest model it is there; at the largest it is `gain`."""
+    rows = []
+    for factor, of_size in ((4, gain), (0.25, 0.1)):
+        rows += seeds(f"control, {factor:g} × size and tokens", *CONTROL)
+        rows += seeds(f"P=4, {factor:g} × size and tokens", *(loss - of_size for loss in CONTROL))
+    found = verdict("together", rows)
+    assert found.outcome == outcome
+    assert [x for x, _ in found.curves["code"]] == [-2.0, 2.0]
+    assert f"smallest one's on code: {gain - 0.1:+.4f}" in found.reason
+
+
 @pytest.mark.parametrize(("kept", "outcome"), [(0.19, "undecided"), (0.1, "not supported"), (0.2, "supported")])
 def test_split_asks_for_95_percent_of_the_gain(kept: float, outcome: str) -> None:
     """Of a gain of 0.2 nats, 0.1906 are needed."""

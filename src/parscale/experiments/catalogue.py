@@ -22,11 +22,12 @@ from parscale.experiments.claims import (
     smoothing,
     split,
     theory,
+    together,
 )
 
 MODULES = (
     baseline, aggregation, efficiency, law, many_streams, data, split, moe, smoothing, domains, prefix, dynamic, sft,
-    theory, sharing, balance, diversifiers, rates, lora,
+    theory, sharing, balance, diversifiers, rates, lora, together,
 )  # fmt: skip
 CLAIMS: dict[str, Claim] = {module.CLAIM.name: module.CLAIM for module in MODULES}
 

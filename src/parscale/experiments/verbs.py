@@ -26,7 +26,7 @@ def experiment(
 
     Args:
         names: baseline, aggregation, efficiency, law, many-streams, data, split, moe, smoothing, domains, prefix,
-            dynamic, sft, theory, sharing, balance, diversifiers, rates, lora; several, or all.
+            dynamic, sft, theory, sharing, balance, diversifiers, rates, lora, together; several, or all.
         scale: smoke (proves the machinery), cpu, gpu; paper lists what the paper's sizes would take, and runs nothing.
         corpus: texts, as PATH or NAME=PATH; paths of one name are one text.
         chats: for sft, instructions with answers: JSON lines of prompt and completion, or messages; NAME=PATH.
