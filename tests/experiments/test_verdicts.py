@@ -11,8 +11,8 @@ import pytest
 from parscale.errors import InputError
 from parscale.experiments.catalogue import CLAIMS, claim_named
 from parscale.experiments.claims import efficiency, law, theory
-from parscale.experiments.experiment import verdict_of
-from parscale.experiments.verdicts import Outcome, combine, gain_of, interval, paired
+from parscale.experiments.experiment import outcome_told, verdict_of
+from parscale.experiments.verdicts import Outcome, Verdict, combine, gain_of, interval, paired
 from parscale.law.compare import Comparison
 from tests.experiments.rows import row, seeds
 
@@ -59,6 +59,10 @@ def test_parts_that_disagree_leave_a_claim_undecided() -> None:
     assert combine(["supported", "not run", "supported"]) == "supported"
     assert combine(["supported", "not supported"]) == "undecided"
     assert combine(["not run"]) == combine([]) == "not run"
+    told = Verdict(["undecided", "supported", "not run", "supported"], "")
+    assert (told.outcome, told.told_parts) == ("undecided", "2 supported, 1 undecided")
+    assert outcome_told(told, "cpu") == "undecided (2 supported, 1 undecided)"
+    assert outcome_told(Verdict(["supported", "supported"], ""), "cpu") == "supported"
 
 
 @pytest.mark.parametrize(("losses", "outcome"), [((2.9, 3.0, 3.1), "supported"), ((3.1, 3.2, 3.3), "not supported")])

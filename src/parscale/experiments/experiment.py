@@ -114,9 +114,11 @@ def _texts_apart(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def outcome_told(outcome: str, scale: str) -> str:
-    """The verdict in words: a few steps decide nothing, whatever the numbers."""
-    return "machinery only" if scale == "smoke" and outcome != "not run" else outcome
+def outcome_told(verdict: Verdict, scale: str) -> str:
+    """The verdict in words, with its parts where they differ: a few steps decide nothing, whatever the numbers."""
+    if scale == "smoke" and verdict.outcome != "not run":
+        return "machinery only"
+    return f"{verdict.outcome} ({verdict.told_parts})" if verdict.told_parts else verdict.outcome
 
 
 def planned(claim: Claim) -> list[dict[str, Any]]:
@@ -179,6 +181,6 @@ def _run(
         console.print(f"{claim.name} {count}{of}: {row['name']}{seed} {told}", highlight=False, markup=False)
     verdict = verdict_of(claim, read_rows(results / f"{claim.name}.jsonl"), scale)
     print_table(claim.sentence, verdict.table)
-    told = f"{claim.name}, {scale}: {outcome_told(verdict.outcome, scale)}. {verdict.reason}"
+    told = f"{claim.name}, {scale}: {outcome_told(verdict, scale)}. {verdict.reason}"
     console.print(told, highlight=False, markup=False)
     return verdict

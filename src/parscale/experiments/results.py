@@ -26,11 +26,12 @@ INTRODUCTION = (
     "and tokens; the control is one stream with a prefix. Beside it: its 95 % interval (Student's t) over seeds, and "
     "its size in standard deviations of the control over seeds (sd). A part is supported where the interval of three "
     "or more seeds is above 0, not supported where it is nowhere above 0.02 nats, else undecided; a claim is what all "
-    "its parts are. Where a section has another control or rule, the names of its runs and its reason say so: law and "
-    "theory are judged by fits and ranks, sharing and split by the share of a gain that is kept, smoothing and prefix "
-    "by weights and attention too, efficiency by ratios. Means in a table are over the seeds of each run. The scale "
-    "smoke proves the machinery alone: its runs are a few steps long and decide nothing. "
-    "What the paper's own sizes would take is told in hours of one H100 (h)."
+    "its parts are; where they differ it is undecided, and how many say what stands beside. Where a section has "
+    "another control or rule, the names of its runs and its reason say so: law and theory are judged by fits and "
+    "ranks, sharing and split by the share of a gain that is kept, smoothing and prefix by weights and attention too, "
+    "efficiency by ratios. Means in a table are over the seeds of each run. The scale smoke proves the machinery "
+    "alone: its runs are a few steps long and decide nothing. What the paper's own sizes would take is told in hours "
+    "of one H100 (h)."
 )
 CURVES = 8
 """As many as a plot holds the names of."""
@@ -64,11 +65,11 @@ def _verdicts(claim: Claim, rows: Sequence[dict[str, Any]]) -> dict[str, Verdict
 
 def _summary(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     scale = next(iter(verdicts), "")
-    outcome = verdicts[scale].outcome if scale else "not run"
+    outcome = outcome_told(verdicts[scale], scale) if scale else "not run"
     count = sum(row["scale"] == scale for row in rows)
     hours = sum(row["H100 hours"] for row in planned(claim))
     paper = f"not run, {hours:,} h" if hours else ""
-    return f"#{claim.name}", outcome_told(outcome, scale), scale, str(count), claim.sentence, paper
+    return f"#{claim.name}", outcome, scale, str(count), claim.sentence, paper
 
 
 def _section(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str, Any]]) -> str:
@@ -80,7 +81,7 @@ def _section(claim: Claim, verdicts: dict[str, Verdict], rows: Sequence[dict[str
     if not verdicts:
         parts.append("<p>Not run.</p>")
     for scale, verdict in verdicts.items():
-        parts.append(f"<h3>{scale}: {outcome_told(verdict.outcome, scale)}</h3>{_reason(verdict.reason)}")
+        parts.append(f"<h3>{scale}: {outcome_told(verdict, scale)}</h3>{_reason(verdict.reason)}")
         if verdict.table:
             columns = tuple(verdict.table[0])
             cells = [tuple(_cell(row.get(name)) for name in columns) for row in verdict.table]

@@ -6,6 +6,7 @@ needed to decide; below that a claim is undecided, whatever the numbers.
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -58,9 +59,10 @@ class Gain:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rows say of a claim. `table`: rows of plain values under the same keys; `curves`: points by label."""
+    """What the rows say of a claim. `parts`: of each text and P that it is judged at; `table`: rows of plain values
+    under the same keys; `curves`: points by label."""
 
-    outcome: Outcome
+    parts: Sequence[Outcome]
     reason: str
     table: list[Row] = field(default_factory=list)
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
@@ -68,8 +70,18 @@ class Verdict:
     cloud: bool = False
     """Whether the points are single runs, and not places of a curve."""
 
+    @property
+    def outcome(self) -> Outcome:
+        return combine(self.parts)
 
-NOT_RUN = Verdict("not run", "No rows.")
+    @property
+    def told_parts(self) -> str:
+        """How many parts say what, where they do not all say the same: `5 supported, 1 undecided`."""
+        counts = Counter(part for part in self.parts if part != "not run")
+        return ", ".join(f"{count} {part}" for part, count in counts.most_common()) if len(counts) > 1 else ""
+
+
+NOT_RUN = Verdict([], "No rows.")
 
 
 def loss(row: Row) -> float:

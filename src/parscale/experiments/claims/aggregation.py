@@ -6,7 +6,7 @@ from typing import Any
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import SLOW, Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, mean_loss, names, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, gain_of, mean_loss, names, paired
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -42,7 +42,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 about = {"text": corpus, "run": name, "seeds": len(seen), "loss": mean_loss(seen)}
                 table.append(about | {"gain over control": str(gain)} | _ways(measured))
     reason = "Learned weights over the mean, each trained so: " + "; ".join(said) + "."
-    return Verdict(combine(outcomes), reason, table)
+    return Verdict(outcomes, reason, table)
 
 
 WAYS: dict[str, Callable[[dict], float]] = {

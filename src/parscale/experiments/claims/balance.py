@@ -10,7 +10,6 @@ from parscale.experiments.verdicts import (
     Verdict,
     by_corpus,
     by_seed,
-    combine,
     gain_points,
     imbalance,
     mean_loss,
@@ -83,7 +82,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             if p == max(by_count):
                 outcomes.append(gain.outcome)
     places = {name: (name.split(", ")[1], float(name[2:].split(",")[0])) for name in names(rows) if name != "control"}
-    return Verdict(combine(outcomes), "; ".join(said) + ".", table, gain_points(rows, places), AXES)
+    return Verdict(outcomes, "; ".join(said) + ".", table, gain_points(rows, places), AXES)
 
 
 AXES = ("P", "gain over the control (nats)")

@@ -53,7 +53,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     }
     said += [f"{kind}: {combine(found)}" for kind, found in of_kind.items() if found]
     places = {name: (name.split(", ")[1], float(name[2:].split(",")[0])) for _, name in gains if "prefix" in name}
-    outcome = combine(next((found for found in of_kind.values() if found), []))
+    deciding = next((found for found in of_kind.values() if found), [])
     table = over_control(rows)
     for line in table:
         of = [row for row in rows if row["corpus"] == line["text"]]
@@ -61,7 +61,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             "" if line["run"] == PLAIN_ONE else str(paired(of, line["run"], PLAIN_ONE))
         )
     curves = gain_points(rows, places)
-    return Verdict(outcome, "Gain over the control: " + "; ".join(said) + ".", table, curves, AXES)
+    return Verdict(deciding, "Gain over the control: " + "; ".join(said) + ".", table, curves, AXES)
 
 
 AXES = ("P", "gain over the control (nats)")

@@ -9,7 +9,7 @@ import numpy as np
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import SLOW, Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, growth, names, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, growth, names, paired
 
 FACTORS = (0.125, 0.25, 0.5, 1.0)
 
@@ -59,7 +59,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             said.append(f"{streams} on {corpus}: {change}")
     reason = "Gain at the most tokens less that at the fewest: " + "; ".join(said) + "."
     axes = ("log2 of the tokens over the scale's", "gain over the control (nats)")
-    return Verdict(combine(outcomes), reason, table, curves, axes)
+    return Verdict(outcomes, reason, table, curves, axes)
 
 
 CLAIM = Claim(

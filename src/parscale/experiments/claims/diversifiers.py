@@ -11,7 +11,6 @@ from parscale.experiments.verdicts import (
     Verdict,
     by_corpus,
     by_seed,
-    combine,
     imbalance,
     mean_loss,
     names,
@@ -64,7 +63,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             if name == LORA:
                 outcomes.append(gain.outcome)
                 said.append(f"on {corpus}: {LORA} over the prefix alone {gain}")
-    return Verdict(combine(outcomes), "; ".join(said) + ".", table)
+    return Verdict(outcomes, "; ".join(said) + ".", table)
 
 
 CLAIM = Claim(

@@ -7,7 +7,7 @@ from parscale.config import StreamsConfig
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
 from parscale.experiments.shapes import layers_and_width
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, mean_loss, names, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, gain_of, mean_loss, names, paired
 from parscale.train.prepare import FORGETTING
 
 P = 4
@@ -67,7 +67,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         outcomes.append(gain.outcome)
         said.append(f"{domain}: {gain}")
     reason = f"P={P} with a LoRA each over one LoRA of as many parameters, on the domain: " + "; ".join(said) + "."
-    return Verdict(combine(outcomes), reason, table)
+    return Verdict(outcomes, reason, table)
 
 
 CLAIM = Claim(

@@ -6,7 +6,7 @@ from typing import Any
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import SLOW, Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, mean_loss, names, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, mean_loss, names, paired
 from parscale.train.config import Balance
 
 MANY = 4
@@ -66,7 +66,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 f"{name} over one stream's on the same frozen backbone, on {corpus}: "
                 f"{paired(of, name, f'control, {ADAPTER}')}"
             )
-    return Verdict(combine(outcomes), "; ".join(said) + ".", table, curves, ("p at inference", "loss (nats)"))
+    return Verdict(outcomes, "; ".join(said) + ".", table, curves, ("p at inference", "loss (nats)"))
 
 
 def _at(row: Row, p: str) -> float:

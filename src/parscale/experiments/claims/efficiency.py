@@ -7,7 +7,7 @@ from typing import Any
 from parscale.cost.model import PAPER_SHAPES, Shape, Workload
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Scale
-from parscale.experiments.verdicts import Row, Verdict
+from parscale.experiments.verdicts import Outcome, Row, Verdict
 
 SMALL, MIDDLE, LARGE = "1.6B", "2.8B", "4.4B"
 FRACTION = 0.286
@@ -82,9 +82,10 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             high = _ratio(times[0]["q1"], times[1]["q1"], times[2]["q3"], times[3]["q3"])
             worst = {"low": low, "high": high, "memory": ratio, "latency": latency}
     if not table:
-        return Verdict("not run", "Some of the three sizes is not measured.")
+        return Verdict([], "Some of the three sizes is not measured.")
     low, high, ratio = worst["low"], worst["high"], worst["memory"]
-    outcome, whole = "undecided", rows[0]["layers"] == rows[0]["layers_of_model"]
+    outcome: Outcome = "undecided"
+    whole = rows[0]["layers"] == rows[0]["layers_of_model"]
     if whole and ratio is not None and min(ratio, low or 0.0) > 1:
         outcome = "supported"
     elif whole and ((ratio is not None and ratio < 1) or (high is not None and high < 1)):
@@ -97,7 +98,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     )
     if not whole:
         reason += " By the cost model the ratios of a few layers are not those of all."
-    return Verdict(outcome, reason, table, curves, ("batch", "added by parameters over added by streams"))
+    return Verdict([outcome], reason, table, curves, ("batch", "added by parameters over added by streams"))
 
 
 def _value(row: Row, what: str) -> float:

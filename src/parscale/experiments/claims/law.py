@@ -12,7 +12,7 @@ import numpy as np
 from parscale.errors import InputError
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import EVEN, MANY, SCALES, Run, Scale, against, remedy
-from parscale.experiments.verdicts import SEEDS, WORTH, Row, Verdict, by_corpus, by_seed, combine, names
+from parscale.experiments.verdicts import SEEDS, WORTH, Row, Verdict, by_corpus, by_seed, names
 from parscale.law.compare import compare
 from parscale.law.fit import Law, bootstrap, fit
 from parscale.law.forms import BILLION, SMALL
@@ -105,7 +105,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     spent = (
         f" {sum(row['tokens'] for row in rows) / 1e6:.0f} M tokens in {sum(r['seconds'] for r in rows) / 3600:.1f} h."
     )
-    return Verdict(combine(outcomes), " ".join(said) + spent, table, curves, ("log10 N", "loss (nats)"), cloud=True)
+    return Verdict(outcomes, " ".join(said) + spent, table, curves, ("log10 N", "loss (nats)"), cloud=True)
 
 
 def by_remedy(rows: Sequence[Row]) -> dict[str, list[Row]]:

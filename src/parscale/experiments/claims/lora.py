@@ -11,7 +11,6 @@ from parscale.experiments.verdicts import (
     Verdict,
     by_corpus,
     by_seed,
-    combine,
     imbalance,
     keeps,
     losses_of,
@@ -91,7 +90,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 f"the first less {KEPT:.0%} of the second {kept}"
             )
     curves = {label: sorted(points) for label, points in curves.items()}
-    return Verdict(combine(outcomes), "; ".join(said) + ".", table, curves, ("rank", "gain over the control (nats)"))
+    return Verdict(outcomes, "; ".join(said) + ".", table, curves, ("rank", "gain over the control (nats)"))
 
 
 CLAIM = Claim(

@@ -9,7 +9,6 @@ from parscale.experiments.verdicts import (
     Row,
     Verdict,
     by_corpus,
-    combine,
     gain_points,
     growth,
     names,
@@ -43,10 +42,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             said.append(f"the last less the first on {corpus}: {growth(of, doublings[0], doublings[-1])}")
     reason = "Gain of each doubling: " + "; ".join(said) + "."
     places = {name: ("prefix+lora", float(name[2:])) for name in names(rows) if name.startswith("P=")}
-    outcome = combine(outcomes) if outcomes else "undecided"
-    return Verdict(
-        outcome, reason, over_control(rows), gain_points(rows, places), ("P", "gain over the control (nats)")
-    )
+    axes = ("P", "gain over the control (nats)")
+    return Verdict(outcomes or ["undecided"], reason, over_control(rows), gain_points(rows, places), axes)
 
 
 CLAIM = Claim(

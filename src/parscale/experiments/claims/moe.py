@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against, remedy
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, growth, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, growth, paired
 
 SHAPES = {"smoke": ("pico", "2x32x2e8"), "cpu": ("pico", "2x32x2e8"), "gpu": ("6x384x6", "6x384x6e8")}
 """Dense and sparse, of equal active parameters."""
@@ -39,7 +39,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             outcomes.append(gain.outcome)
         dense, sparse = (f"dense, P={most}", "dense, control"), (f"sparse, P={most}", "sparse, control")
         said.append(f"sparse over dense: {growth(of, dense, sparse)}")
-    return Verdict(combine(outcomes), "; ".join(said) + ".", table)
+    return Verdict(outcomes, "; ".join(said) + ".", table)
 
 
 CLAIM = Claim(

@@ -12,7 +12,7 @@ import numpy as np
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against, remedy
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, combine, gain_of, names, paired, streams_of
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, gain_of, names, paired, streams_of
 
 LENGTHS = (1, 3, 6, 12, 24, 48, 96)
 STARTS = ("near_identity", "orthogonal", "text", "reparameterized")
@@ -112,7 +112,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         + "; ".join(said)
         + "."
     )
-    return Verdict(combine(outcomes), reason, table, curves, ("prefix tokens n", "gain over the control of the same n"))
+    return Verdict(outcomes, reason, table, curves, ("prefix tokens n", "gain over the control of the same n"))
 
 
 def _share(row: Row, band: int) -> float:

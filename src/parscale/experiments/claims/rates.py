@@ -9,7 +9,6 @@ from parscale.experiments.verdicts import (
     Verdict,
     by_corpus,
     by_seed,
-    combine,
     imbalance,
     keeps,
     losses_of,
@@ -95,7 +94,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 outcomes.append(outcome_of_share(keeps(KEPT, level, best, of_best), whole))
                 said.append(f"{name} {gain}")
     reason = "Gains over one stream at the same rate: " + "; ".join(said) + "."
-    return Verdict(combine(outcomes), reason, table, {k: sorted(v) for k, v in curves.items()}, AXES)
+    return Verdict(outcomes, reason, table, {k: sorted(v) for k, v in curves.items()}, AXES)
 
 
 AXES = ("rate, as a share", "gain over its control (nats)")

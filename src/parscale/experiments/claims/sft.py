@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, names, over_control, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, names, over_control, paired
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -32,9 +32,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             gain = paired(of, name, "control")
             outcomes.append(gain.outcome)
             said.append(f"{name} on {corpus}: {gain}")
-    return Verdict(
-        combine(outcomes), "Loss on held-out answers, over the control: " + "; ".join(said) + ".", over_control(rows)
-    )
+    reason = "Loss on held-out answers, over the control: " + "; ".join(said) + "."
+    return Verdict(outcomes, reason, over_control(rows))
 
 
 CLAIM = Claim(

@@ -10,7 +10,6 @@ from parscale.experiments.verdicts import (
     Verdict,
     by_corpus,
     by_seed,
-    combine,
     gain_points,
     imbalance,
     keeps,
@@ -95,7 +94,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     for place, of_place in points.items():
         curves |= gain_points(rows, of_place, f"{place}, control")
     reason = "; ".join(said) or "No run with shared keys at P = 4 or 8"
-    return Verdict(combine(outcomes), f"{reason}.", table, curves, ("P", "gain over the control (nats)"))
+    return Verdict(outcomes, f"{reason}.", table, curves, ("P", "gain over the control (nats)"))
 
 
 def _elsewhere(scale: Scale, corpus: str) -> dict[str, dict[str, Any]]:

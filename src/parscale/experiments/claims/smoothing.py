@@ -68,7 +68,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 f"{_boundary(of, streams)}"
             )
     reason = "ε = 0.1 against ε = 0: " + "; ".join(said) + "."
-    return Verdict(combine(outcomes), reason, table, curves, ("ε", "largest mean weight that the head gives"))
+    return Verdict(outcomes, reason, table, curves, ("ε", "largest mean weight that the head gives"))
 
 
 def _both(loss: Outcome, even: Outcome) -> Outcome:

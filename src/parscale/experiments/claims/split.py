@@ -10,7 +10,6 @@ from parscale.experiments.verdicts import (
     Verdict,
     by_corpus,
     by_seed,
-    combine,
     gain_of,
     keeps,
     losses_of,
@@ -89,7 +88,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 outcomes.append(outcome_of_share(kept, gained))
     axes = ("share of the compute in stage 2", "loss (nats)")
     reason = "Over one stream with the same compute, or the same tokens. " + "; ".join(said) + "."
-    return Verdict(combine(outcomes), reason, over_control(rows), curves, axes)
+    return Verdict(outcomes, reason, over_control(rows), curves, axes)
 
 
 def _share(name: str) -> float:

@@ -59,7 +59,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         if sum(map(len, of.values())) >= LEAST
     }
     if not by_run:
-        return Verdict("undecided" if table else "not run", f"Fewer than {LEAST} runs with streams on a text.", table)
+        return Verdict(["undecided"] if table else [], f"Fewer than {LEAST} runs with streams on a text.", table)
     slopes = {corpus: _rank_correlation([run[:, 1:] for run in of]) for corpus, of in by_run.items()}
     said = []
     for corpus, (value, low, high) in slopes.items():
@@ -81,7 +81,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     reason = "Rank correlation of the predicted share and the gain, over runs: " + "; ".join(said) + "."
     axes = ("share of the reducible loss that goes, by theory", "gain (nats)")
     points = {corpus: [(x, gain) for of_run in of.values() for _, x, gain in of_run] for corpus, of in seen.items()}
-    return Verdict(outcome, reason, table, points, axes, cloud=True)
+    return Verdict([outcome], reason, table, points, axes, cloud=True)
 
 
 def _rank_correlation(runs: Sequence[np.ndarray]) -> tuple[float, float, float]:

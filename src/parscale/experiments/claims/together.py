@@ -10,7 +10,7 @@ import numpy as np
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against, remedy
 from parscale.experiments.shapes import layers_and_width
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, combine, growth, names, over_control, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, growth, names, over_control, paired
 
 P = 4
 _SIZED = " × size and tokens"
@@ -48,7 +48,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         smallest, largest = ((control.replace("control", f"P={P}"), control) for _, control in (sizes[0], sizes[-1]))
         said.append(f"the largest model's gain less the smallest one's on {corpus}: {growth(of, smallest, largest)}")
     axes = ("log2 of size and tokens over the scale's", "gain over the control (nats)")
-    return Verdict(combine(outcomes), "; ".join(said) + ".", table, curves, axes)
+    return Verdict(outcomes, "; ".join(said) + ".", table, curves, axes)
 
 
 def _weights(model: str) -> int:
