@@ -14,25 +14,26 @@ FRACTION = 0.286
 """Of the way from the middle to the large model lies the dense model of the small one's loss at P = 8, on the paper's
 code (parscale.law.claim)."""
 STREAMS, BATCHES = (1, 2, 4, 8), (1, 2, 4, 8)
-LAYERS = {"cpu": 2, "gpu": None}
 
 
 def measurements(scale: Scale) -> Iterator[tuple[str, Any]]:
-    """(key, how to get its rows): the small model at every P, the others at P = 1, on every batch. Each by itself:
-    models of several P measured together would hold the largest one's tensors at every P."""
-    for size in (SMALL, MIDDLE, LARGE):
-        for p in STREAMS if size == SMALL else (1,):
-            yield f"{scale.name} {size} P={p}", lambda size=size, p=p: _measure(scale, size, p)
+    """(key, how to get its rows): the small model at every P, the others at P = 1, in bfloat16; batch 1, which decides,
+    before the others. Each by itself: models of several P measured together would hold the largest one's tensors at
+    every P."""
+    for batch in BATCHES[:1] if scale.name == "smoke" else BATCHES:
+        for size in (SMALL, MIDDLE, LARGE):
+            for p in STREAMS if size == SMALL else (1,):
+                key = f"{scale.name} {size} P={p} batch {batch} bf16"
+                yield key, lambda size=size, p=p, batch=batch: _measure(scale, size, p, batch)
 
 
-def _measure(scale: Scale, size: str, streams: int) -> list[Row]:
+def _measure(scale: Scale, size: str, streams: int, batch: int) -> list[Row]:
     from parscale.cost.measure import measure_table
 
     shape = _tiny(PAPER_SHAPES[size]) if scale.name == "smoke" else PAPER_SHAPES[size]
     tokens = 8 if scale.name == "smoke" else 64
-    work = Workload(input=tokens, output=tokens, dtype="bf16" if scale.name == "gpu" else "fp32", accounting="counted")
-    batches = BATCHES[:1] if scale.name == "smoke" else BATCHES
-    rows = measure_table(shape, (streams,), batches, work, repeats=3, layers=LAYERS.get(scale.name))
+    work = Workload(input=tokens, output=tokens, dtype="bf16", accounting="counted")
+    rows = measure_table(shape, (streams,), (batch,), work, repeats=3)
     return [{"name": f"{size}, P={row['streams']}, batch {row['batch']}", "size": size} | row for row in rows]
 
 
