@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from parscale.errors import InputError
-from parscale.train.corpus import Document, check_disjoint, read_documents, split_documents
+from parscale.train.corpus import Document, check_disjoint, overlap, read_documents, split_documents
 
 
 def texts(source, **options) -> set[str]:
@@ -236,3 +236,12 @@ def test_a_document_on_both_sides_is_named():
     check_disjoint(train, [Document("val/a.txt", "two")])
     with pytest.raises(InputError, match=r"val/c\.txt is in the training text too, as train/a\.txt"):
         check_disjoint(train, [Document("val/a.txt", "two"), Document("val/c.txt", "same")])
+
+
+def test_overlap_is_the_share_of_held_out_runs_that_were_trained_on():
+    words = [f"w{i}" for i in range(40)]
+    train = [Document("a", " ".join(words[:20])), Document("b", "  \n".join(words[20:]))]
+    assert overlap(train, [Document("c", " ".join(words[:13]))]) == 1.0  # one run of 13, which is there
+    assert overlap(train, [Document("c", " ".join(words[:14])), Document("d", " ".join(reversed(words)))]) == 2 / 30
+    assert overlap(train, [Document("c", " ".join(words[14:26]))]) == 0.0  # shorter than a run
+    assert overlap(train, [Document("c", " ".join(words[14:27]))]) == 0.0  # over the seam of two documents

@@ -13,7 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, default_data_co
 
 from parscale.errors import InputError
 from parscale.train import data
+from parscale.train.config import TrainConfig
 from parscale.train.data import END_OF_TEXT, load_text, train_tokenizer
+from parscale.train.prepare import prepare
 
 UNICODE = [
     "".join(map(chr, range(0x300))),
@@ -191,6 +193,21 @@ def test_a_training_document_in_the_validation_source_is_refused(load, corpus, t
     message = refused(load, validation=tmp_path / "val.txt")
     assert str(tmp_path / "val.txt") in message
     assert str(corpus / "7.txt") in message
+
+
+def test_held_out_text_that_was_trained_on_is_told(load, corpus, tmp_path, capsys):
+    (tmp_path / "val.txt").write_text((corpus / "7.txt").read_text() + "and an end of its own")
+    for _ in ("tokenised", "from the cache"):
+        assert load(validation=tmp_path / "val.txt").overlap == pytest.approx(29 / 35)  # of 47 words, 41 are of 7.txt
+    config = TrainConfig(
+        "pretrain", tmp_path / "out", "pico", data=(str(corpus),), validation=(str(tmp_path / "val.txt"),),
+        cache_dir=tmp_path / "cache", block_size=16, vocab_size=400,
+    )  # fmt: skip
+    prepare(config)
+    assert capsys.readouterr().err.startswith("parscale: 83% of the held-out text")
+    (tmp_path / "val.txt").write_text("held out. " * 50)
+    prepare(config)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_limit_keeps_the_first_tokens_and_stops_there(load, monkeypatch):

@@ -239,6 +239,7 @@ def _row(task: Task, result: TrainResult, text: PackedText) -> dict[str, Any]:
         "key": task.key,
         "run": run.describe(),
         "fingerprint": text.fingerprint,
+        "overlap": text.overlap,
         "tokens": result.tokens,
         "steps": result.steps,
         "skipped_steps": result.skipped_steps,

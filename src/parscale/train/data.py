@@ -18,7 +18,7 @@ import numpy as np
 
 from parscale.errors import InputError
 from parscale.output import passing_bar
-from parscale.train.corpus import STDLIB, Document, Source, check_disjoint, read_documents, split_documents
+from parscale.train.corpus import STDLIB, Document, Source, check_disjoint, overlap, read_documents, split_documents
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +41,8 @@ class PackedText:
     `train` and `validation` are data sets of `input_ids` and `labels`, each (block_size,) int64, as the Trainer takes
     them. Token counts are of whole blocks. `fingerprint` is equal where documents, tokenizer and blocks are equal.
     `corpora` are validation blocks of single corpora, by name, whose loss is measured too. Where `end_of_text` is a
-    token, no document sees another one in its block (`separate.collator`).
+    token, no document sees another one in its block (`separate.collator`). `overlap` is the share of the held-out text
+    that stands in the training text too (`corpus.overlap`); None where it was not looked at.
     """
 
     train: "Dataset"
@@ -55,6 +56,7 @@ class PackedText:
     fingerprint: str
     corpora: "dict[str, Dataset]" = field(default_factory=dict)
     end_of_text: int | None = None
+    overlap: float | None = None
 
     @property
     def tokens_per_row(self) -> float:
@@ -133,6 +135,7 @@ def pack(
             "validation": _tokenize(trained, held_out, None),
             # a tokenizer trained here is part of the entry; one that was given is not
             "tokenizer": np.frombuffer(b"" if given else _backend_json(trained).encode(), dtype=np.uint8),
+            "overlap": np.array([overlap(train, held_out)]),
         }
         _store(entry, tokens)
 
@@ -149,6 +152,7 @@ def pack(
         train_documents=len(train),
         validation_documents=len(held_out),
         fingerprint=fingerprint,
+        overlap=float(tokens["overlap"][0]) if "overlap" in tokens else None,
     )
 
 

@@ -8,15 +8,19 @@ from typing import Any
 
 from parscale.errors import InputError
 from parscale.load import load_tokenizer
+from parscale.output import say
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, load_text
 from parscale.train.mix import load_mix
+from parscale.train.parallel import is_first_process
 from parscale.train.sft import load_chats
 from parscale.train.shapes import SHAPES
 from parscale.train.streaming import stream_text
 
 FORGETTING = "forgetting"
 """Name of the corpus on which forgetting is measured, among a text's `corpora`."""
+FLATTERS = 0.1
+"""Share of the held-out text in the training text from which on it is told."""
 
 
 def prepare(config: TrainConfig) -> PackedText:
@@ -47,6 +51,11 @@ def prepare(config: TrainConfig) -> PackedText:
         text = stream_text(config.data, **options)
     else:
         text = load_text(config.data, validation=config.validation or None, **options)
+    if text.overlap is not None and text.overlap > FLATTERS and is_first_process():
+        say(
+            f"{text.overlap:.0%} of the held-out text (its runs of 13 words) stands in the training text too, so its "
+            "loss flatters; give --validation text of another source"
+        )
     if config.forgetting:
         options |= {"tokenizer": text.tokenizer, "max_train_tokens": config.block_size}
         other = load_text(config.forgetting, **options)
