@@ -15,7 +15,7 @@ import parscale
 from parscale import StreamsConfig
 from parscale.config import DIVERSIFIERS
 from parscale.streams.diversify import projections
-from tests.contract.conftest import Case, P
+from tests.contract.conftest import Case, P, unmapped
 from tests.contract.reference import UPDATES, truth
 from tests.contract.test_generation import NEW, argmax_loop
 
@@ -135,7 +135,7 @@ def test_copies(case: Case, ids: Tensor, tmp_path: Path) -> None:
         tmp_path, attn_implementation=case.backend, output_loading_info=True
     )
     assert not any(report.values()), report
-    for twin in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.with_streams(3)):
+    for twin in (unmapped(loaded), copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.with_streams(3)):
         assert torch.equal(twin(ids).logits, expected)
         twin.set_streams(2)
         truth(case.plain, model, ids, streams=2).close(twin(ids).logits)
