@@ -19,7 +19,7 @@ ROWS = Path(__file__).parent / "results/experiments/sharing.jsonl"
 STAGES = {"pretrain": "from scratch", "retrofit": "stage 2", "frozen": "frozen backbone"}
 STREAMS = (2, 4, 8)
 EQUAL = 4
-"""The P at which one stream with as many parameters was trained."""
+"""The P at which one stream with the LoRA parameters of so many was trained."""
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
             _draw(axes, places, gains, color, label, "o-")
             over_equal = [paired(rows, f"{stage}, P={EQUAL}, {kv}", equal)]
             place = STREAMS.index(EQUAL) + 0.08 * shift + 0.2
-            _draw(axes, [place], over_equal, color, "the same, over equal parameters", "^")
+            _draw(axes, [place], over_equal, color, "the same, over their LoRA in one stream", "^")
         axes.axhline(0, color="0.6", linewidth=0.8)
         axes.set(title=title, xlabel="streams P", xticks=range(len(STREAMS)), xticklabels=STREAMS)
     figure.axes[0].set_ylabel("gain over the control, nats a token")

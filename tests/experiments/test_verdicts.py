@@ -396,7 +396,7 @@ def test_shared_keys_stand_beside_own_ones_with_the_same_remedy() -> None:
     kept = {line["run"].split(", ", 2)[2]: line["of the own gain"] for line in verdict("sharing", rows).table}
     equal = seeds("pretrain, P=1, LoRA of 4 streams", *(loss - 0.05 for loss in CONTROL))
     table = verdict("sharing", rows + equal).table
-    assert table[0]["over as many parameters"].startswith("+0.15")
+    assert table[0]["over as many LoRA parameters"].startswith("+0.15")
     assert table[-1]["gain over control"].startswith("+0.05")
     assert kept == {"own": "", "own, load balance": "", "shared, load balance": "50%", "shared, no prefix": "100%"}
 
@@ -445,7 +445,7 @@ def test_lora_must_keep_most_of_what_four_times_its_rank_gains() -> None:
     found = verdict("lora", told)
     assert found.outcome == "supported", "they are told, and decide nothing"
     assert [line["projections"] for line in found.table][-2:] == ["up_proj", "all"]
-    assert found.table[2]["over one stream of as many parameters"].startswith("+0.1000")
+    assert found.table[2]["over one stream with as many LoRA parameters"].startswith("+0.1000")
     assert "frozen, MLP" not in found.curves
     lost = [row | {"validation_loss": row["validation_loss"] - 0.3 * row["name"].endswith("× 4")} for row in rows]
     assert verdict("lora", lost).outcome == "not supported"

@@ -30,7 +30,7 @@ ALIKE = "one stream as large as with"
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     """From scratch, with the slow head of all such runs, and over a frozen backbone, beside one stream with a LoRA of
-    as many parameters."""
+    as many parameters as theirs."""
     found = []
     for corpus in corpora:
         frozen: dict[str, Any] = {"stage": "frozen", "start": scale.base(corpus)}
@@ -74,7 +74,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "projections": " ".join(streams.lora_targets) or "all",
                     "loss": mean_loss(seen),
                     "gain over control": str(gain),
-                    "over one stream of as many parameters": str(over) if over.seeds else "",
+                    "over one stream with as many LoRA parameters": str(over) if over.seeds else "",
                     "parameters of the streams": seen[0]["stream_parameters"],
                 }
                 | (imbalance(seen) if streams.streams > 1 else {})

@@ -29,7 +29,7 @@ SECOND: tuple[Stage, ...] = ("retrofit", "frozen")
 P_ELSEWHERE = 4
 SIZES = 4
 EQUAL = f"P=1, LoRA of {P_ELSEWHERE} streams"
-"""One stream with as many parameters of its own as so many have: what of their gain is no more than that?"""
+"""One stream with the LoRA parameters of so many: what of their gain is no more than these?"""
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -78,7 +78,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "seeds": len(seen),
                     "loss": mean_loss(seen),
                     "gain over control": str(paired(of, name, control)),
-                    "over as many parameters": str(over_equal) if over_equal and over_equal.seeds else "",
+                    "over as many LoRA parameters": str(over_equal) if over_equal and over_equal.seeds else "",
                     "of the own gain": "" if name == own or kept is None else f"{kept:.0%}",
                 }
                 | (imbalance(seen) if streams != "P=1" else {})
