@@ -4,7 +4,7 @@ beside products of matrices whose scores are rounded to bfloat16. Time, and erro
     python benchmarks/decode_attention.py
 
 Keys and values are shared, 16 query heads on 2 key/value heads of 56, as in the 0.54 B shape; a prefix of 48 each.
-Rows: median, quartiles, the ratio to the fused kernel, and the root mean square error over that of the values.
+Rows: median, quartiles, the ratio to the fused kernel, and the root mean square error as a share of the outputs' own.
 """
 
 import argparse
