@@ -36,7 +36,7 @@ VOCABULARY, NEW, P = 29, 6, 3
 STEPS, BATCH, BLOCK = 20, 4, 32
 
 TINY: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
     "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
@@ -45,10 +45,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 4, "attn_logit_softcapping": 2.0},
     "gpt2": {
         "n_embd": 16,
-        "n_inner": 16,
+        "n_inner": 8,
         "n_layer": 2,
         "n_head": 2,
-        "n_positions": 64,
+        "n_positions": 32,
         "num_key_value_heads": None,
         "head_dim": None,
     },
