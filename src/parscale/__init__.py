@@ -3,6 +3,8 @@
 from parscale import law
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
+from parscale.load import load_model as load
+from parscale.load import load_tokenizer
 from parscale.probe import probe_streams
 from parscale.streams.adaptive import HardTokens
 from parscale.streams.checkpoint import load_streams, save_streams, use_streams
@@ -18,7 +20,9 @@ __all__ = [
     "InputError",
     "StreamsConfig",
     "law",
+    "load",
     "load_streams",
+    "load_tokenizer",
     "merge_first",
     "parallelize",
     "probe_streams",

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from parscale import gguf
 from parscale.config import StreamsConfig
 from parscale.errors import InputError, first_line
 from parscale.streams.backbone import has_streams
@@ -36,7 +37,8 @@ TRAINED = "trained"
 
 
 def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained`, safetensors only and no remote code, for streams on any family.
+    """`AutoModelForCausalLM.from_pretrained`, safetensors only and no remote code, for streams on any family. A GGUF
+    file, or a folder with one, is dequantised.
 
     Adapters, in a folder or on the hub, are loaded onto the base that they name: a LoRA of `peft` is merged into its
     weights, or put on where they are quantised, and the streams beside it are put on. `quantize` holds the backbone in
@@ -47,6 +49,13 @@ def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> A
             not whole, adapters of a base in other bits, or a package that this takes is not there.
     """
     with _told_in_one_line("model", name):
+        if (file := gguf.find(name)) is not None:
+            if quantize != "none":
+                raise InputError(
+                    f"quantize={quantize!r} with the GGUF file {str(name)!r}: save it as safetensors first "
+                    "(parscale.load and save_pretrained), and give that folder"
+                )
+            return gguf.load_model(file, **options)
         folder = _folder(name)
         if (folder / LORA).exists():
             _check_lora(folder)
@@ -67,6 +76,8 @@ def comes_with_streams(name: str | Path) -> bool:
         InputError: there is no such model.
     """
     with _told_in_one_line("model", name):
+        if gguf.find(name) is not None:
+            return False
         folder = _folder(name)
         if (folder / MANIFEST).exists():
             return True
@@ -85,6 +96,8 @@ def load_tokenizer(name: str | Path) -> Any:
         InputError: the folder or hub name has no tokenizer, or a damaged one.
     """
     with _told_in_one_line("tokenizer", name):
+        if (file := gguf.find(name)) is not None:
+            return gguf.load_tokenizer(file)
         folder = _folder(name)
         if _holds_adapters(folder) and not (folder / TOKENIZER).exists():
             return load_tokenizer(_base(folder))

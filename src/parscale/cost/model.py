@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from parscale import gguf
 from parscale.cost import formulas
 from parscale.cost.hardware import Hardware, hardware_of
 from parscale.errors import InputError
@@ -160,7 +161,8 @@ def workloads(workload: Workload, streams: Iterable[int], batches: Iterable[int]
 
 
 def shape_of(model: str | Path | Shape) -> Shape:
-    """The shape of a paper's size ("0.5B" … "4.4B"), of a config.json or the folder with it, or of a model's hub name.
+    """The shape of a paper's size ("0.5B" … "4.4B"), of a config.json or the folder with it, of a GGUF file, or of a
+    model's hub name.
 
     Raises InputError for what is none of these, for a config's field that is no number of what it counts, and for
     decoders that the formulas do not describe (experts, an MLP without a gate).
@@ -214,6 +216,8 @@ def _is_tied(whole: dict[str, Any], text: dict[str, Any]) -> bool:
 
 
 def _read_config(model: str | Path) -> dict[str, Any]:
+    if (file := gguf.find(model)) is not None:
+        return gguf.load_config(file).to_dict()
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
@@ -231,7 +235,7 @@ def _download_config(name: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise InputError(
             f"model {name!r} is not known: give a size of the paper ({', '.join(PAPER_SHAPES)}), a config.json, "
-            "a folder with one, or a model's hub name (owner/name)"
+            "a folder with one, a GGUF file, or a model's hub name (owner/name)"
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

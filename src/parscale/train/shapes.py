@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
+from parscale import gguf
 from parscale.errors import InputError, first_line
 
 # layers, hidden size, heads. Parameters without embeddings: about 12·layers·hidden².
@@ -44,7 +45,10 @@ def build(model: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Pr
         )
     else:
         try:
-            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+            file = gguf.find(model)
+            config = (
+                AutoConfig.from_pretrained(model, trust_remote_code=False) if file is None else gguf.load_config(file)
+            )
         except (OSError, ValueError) as error:
             reason = first_line(error)
             raise InputError(

@@ -1,0 +1,108 @@
+"""Reading GGUF files, llama.cpp's format: the weights dequantised, the tokenizer and its chat template from the file.
+
+Loads neither torch nor transformers before a file is read: the cost model asks it for shapes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from parscale.errors import InputError
+from parscale.output import say
+
+SUFFIX = ".gguf"
+
+
+def find(name: str | Path) -> Path | None:
+    """The GGUF file that a model's name means: the file itself, or the only one of a folder without a `config.json`.
+
+    Raises:
+        InputError: the folder has several, or the file is none or was cut short.
+    """
+    path = Path(name)
+    if path.is_dir():
+        found = sorted(path.glob(f"*{SUFFIX}"))
+        if not found or (path / "config.json").exists():
+            return None
+        if len(found) > 1:
+            raise InputError(f"model {str(name)!r} has {len(found)} GGUF files: give one, such as {str(found[0])!r}")
+        path = found[0]
+    if path.suffix.lower() != SUFFIX or not path.is_file():
+        return None
+    _check_whole(path)
+    return path
+
+
+def load_model(file: Path, **options: Any) -> Any:
+    """The causal LM of a GGUF file, in `dtype` (float32 by default), with no trace of its quantisation.
+
+    Raises:
+        InputError: an architecture that transformers cannot read, or tensors that are missing or left over.
+    """
+    from transformers import AutoModelForCausalLM
+
+    types = ", ".join(_types(file))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, output_loading_info=True, **_dequantised() | options
+    )
+    model, info = loaded
+    tied = set(model.all_tied_weights_keys)
+    if wrong := [*(set(info["missing_keys"]) - tied), *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise InputError(f"model {str(file)!r}: {len(wrong)} tensors are missing or do not fit, as {wrong[0]}")
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)  # older transformers dequantise, and then refuse to save
+    model.name_or_path = model.config.name_or_path = str(file)
+    say(f"{file.name}: {model.config.model_type}, {types} dequantised to {str(model.dtype).removeprefix('torch.')}")
+    return model
+
+
+def load_tokenizer(file: Path) -> Any:
+    """The tokenizer of a GGUF file, with its chat template."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def load_config(file: Path) -> Any:
+    """The configuration of a GGUF file's model."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    vars(config).pop("quantization_config", None)
+    return config
+
+
+def _dequantised() -> dict[str, Any]:
+    """Keywords of `from_pretrained`: newer transformers keep the blocks where they have a kernel for them."""
+    import transformers
+
+    settings: Any = getattr(transformers, "GgufConfig", None)
+    return {} if settings is None else {"quantization_config": settings(dequantize=True)}
+
+
+def _reader(file: Path) -> Any:
+    try:
+        from gguf import GGUFReader  # type: ignore[import-not-found]
+    except ImportError:
+        raise InputError(f"model {str(file)!r} needs the package gguf: pip install 'parscale[gguf]'") from None
+    return GGUFReader(file)
+
+
+def _check_whole(file: Path) -> None:
+    """Refuse a file that ends before its last tensor does, or whose header is not one."""
+    try:
+        tensors = _reader(file).tensors
+    except InputError:
+        raise
+    except Exception as error:  # the reader believes every number of the file: it raises anything
+        reason = type(error).__name__
+        raise InputError(f"model {str(file)!r} is no whole GGUF file ({reason}): fetch it again") from None
+    if not tensors:
+        raise InputError(f"model {str(file)!r} is a GGUF file without tensors")
+
+
+def _types(file: Path) -> list[str]:
+    """Names of the quantisation types in the file, the most frequent first."""
+    counts: dict[str, int] = {}
+    for tensor in _reader(file).tensors:
+        counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + 1
+    return sorted(counts, key=lambda name: -counts[name])
