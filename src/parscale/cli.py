@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from parscale.arguments import parse
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.experiments import verbs as experiment_verbs
 from parscale.law import verbs as law_verbs
+from parscale.output import drop_unwritten, flush_output, reader_is_gone
 from parscale.serve.limits import Limits
 
 Model = Annotated[str, tyro.conf.Positional]
@@ -305,8 +307,29 @@ def _versions() -> str:
     return f"{named}, Python {platform.python_version()}"
 
 
+CLOSED_PIPE = 128 + 13
+"""Exit status where the reader of the output has gone: a shell reports it of a process that SIGPIPE has killed."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Returns 0; 2 with one line on stderr when the input is at fault; 130 when interrupted."""
+    """Run one verb. Returns 0; 2 with one line on stderr when the input is at fault; 130 when interrupted; 141, without
+    a word, when the reader of its output has gone."""
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError as error:
+        if reader_is_gone():
+            return CLOSED_PIPE
+        print(f"parscale: {error}", file=sys.stderr)  # another pipe, or a socket
+        return 2
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich ends the process so
+            return CLOSED_PIPE
+        raise
+    finally:
+        drop_unwritten()
+
+
+def _run(arguments: list[str]) -> int:
     # transformers' bars and notices are for its own developers; a verb has its own bar and says what matters.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -314,13 +337,17 @@ def main(argv: list[str] | None = None) -> int:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments == ["--version"]:
-        print(_versions())
-        return 0
     try:
-        verbs = {"train": _train_verb(arguments)} | VERBS
-        tyro.extras.subcommand_cli_from_dict(verbs, prog="parscale", description=_DESCRIPTION, args=arguments)
+        try:
+            if arguments == ["--version"]:
+                print(_versions())
+            else:
+                verbs = {"train": _train_verb(arguments)} | VERBS
+                parse(verbs, arguments, prog="parscale", description=_DESCRIPTION)()
+        finally:
+            flush_output()
+    except BrokenPipeError:
+        raise
     except (InputError, OSError) as error:
         print(f"parscale: {error}", file=sys.stderr)
         return 2

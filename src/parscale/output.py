@@ -3,10 +3,11 @@
 import json
 import math
 import os
+import select
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,32 @@ def json_text(value: Any) -> str:
 def say(message: str) -> None:
     """One line on the error stream."""
     print(f"parscale: {message}", file=sys.stderr, flush=True)
+
+
+def flush_output() -> None:
+    """Write what stdout still holds: a reader that has gone is met here, and not when the interpreter ends."""
+    if sys.stdout is not None:  # a process may be started without one
+        sys.stdout.flush()
+
+
+def reader_is_gone() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads any more."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # there is none, or one without a file, as in a notebook
+            poll.register(stream.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def drop_unwritten() -> None:
+    """Leave the interpreter nothing to complain of when it ends: what cannot be written goes nowhere."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (AttributeError, ValueError):  # there is none, or it is closed
+            continue
 
 
 def passing_bar(auto_refresh: bool = True) -> "Progress":

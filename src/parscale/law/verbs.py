@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from parscale.arguments import later
 from parscale.errors import InputError
 
 
@@ -95,16 +96,17 @@ def law_claim(json: bool = False, plot: Path | None = None) -> None:
 
 
 LawTask = Annotated[
-    Annotated[Any, tyro.conf.subcommand("fit", constructor=law_fit)]
-    | Annotated[Any, tyro.conf.subcommand("predict", constructor=law_predict)]
-    | Annotated[Any, tyro.conf.subcommand("equivalent", constructor=law_equivalent)]
-    | Annotated[Any, tyro.conf.subcommand("claim", constructor=law_claim)],
+    Annotated[Any, tyro.conf.subcommand("fit", constructor=later(law_fit))]
+    | Annotated[Any, tyro.conf.subcommand("predict", constructor=later(law_predict))]
+    | Annotated[Any, tyro.conf.subcommand("equivalent", constructor=later(law_equivalent))]
+    | Annotated[Any, tyro.conf.subcommand("claim", constructor=later(law_claim))],
     tyro.conf.arg(name=""),
 ]
 
 
 def law(task: LawTask) -> None:
     """The parallel scaling law: fit it to runs, predict with it, and check what the paper claims from it."""
+    task()
 
 
 def _law_source(runs: Path | None, paper: str | None) -> str:
