@@ -106,7 +106,7 @@ def probe_streams(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = N
         raise InputError(f"{type(model).__name__} has no streams; call parscale.parallelize(model, StreamsConfig(...))")
     if input_ids.ndim != 2 or input_ids.shape[1] < 2:
         raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; give (batch, length) with a length >= 2")
-    if model.base_model.stream_state.hard is not None:
+    if model.base_model.stream_state.chosen.adaptive is not None:
         raise InputError("the model runs all its streams on hard tokens alone; call set_streams(p) with a number")
     input_ids = input_ids.to(model.device)
     p = model.streams
@@ -149,12 +149,8 @@ def unsmoothed(weight: float, streams: int, smoothing: float) -> float:
 @contextmanager
 def unmerged(model: Any) -> Iterator[None]:
     """While it lasts, the model's outputs have P·B rows: each stream on its own, stream-major, nothing merged."""
-    state = model.base_model.stream_state
-    state.merging = False
-    try:
+    with model.base_model.stream_state.using(merged=False):
         yield
-    finally:
-        state.merging = True
 
 
 def _mean_cosine(hidden: Float[Tensor, "p b t d"]) -> float:

@@ -91,15 +91,10 @@ def spectrum_streams(hidden: Float[Tensor, "p b t d"]) -> float:
 
 @torch.no_grad()
 def _loss_without(model: Any, input_ids: Tensor, stream: int) -> float:
-    state = model.base_model.stream_state
-    before = state.present
-    present = torch.ones(state.active, input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    present[stream] = False
-    state.present = present
-    try:
+    row_mask = torch.ones(model.streams, input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    row_mask[stream] = False
+    with model.base_model.stream_state.using(row_mask=row_mask):
         return token_losses(model(input_ids=input_ids, use_cache=False).logits, input_ids).mean().item()
-    finally:
-        state.present = before
 
 
 @torch.no_grad()

@@ -142,7 +142,7 @@ def test_prompt_needs_stream_0_alone(case: Case, ids: Tensor, settings: str, kee
     torch.testing.assert_close(found.logits, expected[:, -keep:], rtol=0, atol=1e-5)
     assert found.past_key_values.get_seq_length() == T
     assert model.streams == P
-    assert model.base_model.stream_state.tail is None
+    assert model.base_model.stream_state.run is model.base_model.stream_state.default
     longer = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     at = (longer.cumsum(-1) - 1).clamp(min=0)
     cached: Any = {"attention_mask": longer, "past_key_values": found.past_key_values, "position_ids": at[:, -1:]}

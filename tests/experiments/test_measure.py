@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from parscale.experiments.measure import correlation, measure
+from parscale.probe import unmerged
 from tests.small import VOCABULARY, build, with_streams
 
 
@@ -19,9 +20,8 @@ def test_ways_to_merge_are_what_they_are_called() -> None:
     with torch.no_grad():
         merged = loss(model(ids).logits.log_softmax(-1))
         first = loss(model.with_streams(1)(ids).logits.log_softmax(-1))
-        model.base_model.stream_state.merging = False
-        alone = model(ids).logits.unflatten(0, (4, -1))
-        model.base_model.stream_state.merging = True
+        with unmerged(model):
+            alone = model(ids).logits.unflatten(0, (4, -1))
         errors = [
             -logits.log_softmax(-1)[:, :-1].gather(2, targets[..., None]) for logits in (*alone, control(ids).logits)
         ]
@@ -35,7 +35,7 @@ def test_ways_to_merge_are_what_they_are_called() -> None:
     assert seen["rho"] == pytest.approx(pairs[~torch.eye(4, dtype=torch.bool)].mean().item(), rel=1e-4)
     assert len(seen["rho_by_position"]) == len(seen["prefix_attention_by_position"]) == 8
     assert model.streams == 4
-    assert model.base_model.stream_state.smoothing == model.base_model.stream_state.config.smoothing
+    assert model.base_model.stream_state.run is model.base_model.stream_state.default
 
 
 def test_one_stream_has_nothing_to_tell() -> None:

@@ -74,13 +74,14 @@ def test_requests_do_not_meet_each_others_keys(
 ) -> None:
     """On a CPU, where the pairs that a mask discards cost what the others do. In small batches a call costs more."""
     monkeypatch.setattr(attention, "PAIRS", 1)
-    attend, keys = attention.attend, []
+    attend, keys = attention._attend, []
 
-    def seen(module: Any, query: Tensor, key: Tensor, *args: Any, **options: Any) -> Any:
-        keys.append(key.shape[2])
-        return attend(module, query, key, *args, **options)
+    def seen(module: Any, run: Any, query: Tensor, key: Tensor, *args: Any, **options: Any) -> Any:
+        if "cache" not in options:  # of the whole packed batch
+            keys.append(key.shape[2])
+        return attend(module, run, query, key, *args, **options)
 
-    monkeypatch.setattr(attention, "attend", seen)
+    monkeypatch.setattr(attention, "_attend", seen)
     assert run(model, prompts) == alone(model, prompts)
     assert len(keys) >= len(prompts) * (NEW - 1)
     assert max(keys) == max(LENGTHS) + NEW - 1

@@ -153,7 +153,7 @@ def test_a_p_for_each_row(ids: Tensor, kv: str) -> None:
         assert torch.equal(found[i][None], uncached(narrow, row))
         assert torch.equal(beams[i][None], greedy(narrow, row, num_beams=2, use_cache=False))
     assert model.streams == 4
-    assert model.base_model.stream_state.present is None
+    assert model.base_model.stream_state.run.row_mask is None
 
 
 def test_a_p_for_each_row_needs_as_many_as_rows(ids: Tensor) -> None:

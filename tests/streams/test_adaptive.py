@@ -70,7 +70,7 @@ def test_generates_each_token_at_its_own_p(settings: dict[str, Any], family: str
     options: Any = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(ids, streams=hard, **options), expected)
     assert model.streams == 4
-    assert model.base_model.stream_state.hard is None
+    assert model.base_model.stream_state.run.adaptive is None
     model.set_streams(hard)
     assert torch.equal(model.generate(ids, **options), expected)
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from parscale import StreamsConfig
-from parscale.streams.attention import LONG, StreamState, attend, flex_mask
+from parscale.streams.attention import LONG, attend, flex_mask
+from parscale.streams.state import StreamState
 from tests.small import build, with_streams
 
 P, B, H, HK, N, D, E = 3, 2, 4, 2, 5, 8, 6
@@ -142,7 +143,7 @@ def test_one_token_in_two_bytes_by_the_fused_kernel(dtype: torch.dtype, kv: Any,
 @torch.no_grad()
 def test_fewer_streams() -> None:
     layer, (query, key, value) = Layer(), inputs(3, 3)
-    layer.stream_state.active = 2
+    layer.stream_state.set(streams=2)
     part = [x[: 2 * B] for x in (query, key, value)]
     expected = by_hand(layer, *part, torch.ones(3, 3, dtype=torch.bool).tril())
     close(attend(layer, *part, None, implementation="sdpa")[0], expected)

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from parscale import InputError, StreamsConfig, load_streams, parallelize, save_streams
+from parscale import StreamsConfig, load_streams, parallelize, save_streams
 from parscale.streams import families
 from parscale.streams.aggregate import AggregationHead
 from parscale.streams.attention import attend
 from parscale.streams.diversify.prefix import modules_with_prefix
-from tests.contract.conftest import B, Case, N, P, T, make_case
+from tests.contract.conftest import B, Case, N, P, T, make_case, parallelized
 from tests.contract.families import COMMON, VOCABULARY
 from tests.contract.reference import truth
 from tests.contract.test_training import auxiliary_loss
@@ -228,17 +229,36 @@ def test_13_a_padded_batch_takes_its_positions_from_the_mask(ids: Tensor, backen
     check_left_padded(make_case("qwen2", backend).model, ids)
 
 
-@pytest.mark.parametrize("diversify", [("prefix",), ("prefix", "lora")])
-def test_14_streams_that_change_before_a_recomputing_backward_pass_are_refused(
-    ids: Tensor, diversify: tuple[Any, ...]
-) -> None:
-    model = qwen2().build(diversify=diversify).train()
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
-    model.set_streams(1)
-    loss = model(ids, labels=ids).loss
+def _gradients(model: Any, ids: Tensor, *, threaded: bool = False) -> Tensor:
+    """Of a pass with two streams, after which the model is set to three. On a GPU autograd has a thread of its own."""
+    model.zero_grad()
     model.set_streams(2)
-    with pytest.raises(InputError, match=r"call backward\(\) before set_streams"):
+    loss = model(ids, labels=ids).loss
+    model.set_streams(3)
+    if threaded:
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    else:
         loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("enabled", ["before", "after"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"kv": "shared", "diversify": ("prefix", "lora")}], ids=str)
+def test_14_a_recomputing_backward_pass_runs_the_streams_of_its_forward_pass(
+    ids: Tensor, settings: dict[str, Any], reentrant: bool, enabled: str
+) -> None:
+    expected = _gradients(qwen2().build(**settings).train(), ids)
+    model = qwen2().family.build() if enabled == "before" else qwen2().build(**settings)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    if enabled == "before":
+        model = parallelized(model, **settings)
+    model.train()
+    for threaded in (False, True):
+        torch.testing.assert_close(_gradients(model, ids, threaded=threaded), expected)
 
 
 def test_15_models_of_one_config_object_keep_their_own(ids: Tensor, tmp_path: Path) -> None:

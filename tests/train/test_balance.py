@@ -37,10 +37,10 @@ def test_smoothing_falls_to_the_models_own() -> None:
     seen = {}
     for step in (0, 25, 50, 99):
         begin(callback, step)
-        seen[step] = model.base_model.stream_state.smoothing
+        seen[step] = model.base_model.stream_state.run.smoothing
         end(callback)
     assert seen == pytest.approx({0: 1.0, 25: 0.55, 50: 0.1, 99: 0.1})
-    assert model.base_model.stream_state.smoothing == 0.1
+    assert model.base_model.stream_state.run.smoothing == 0.1
 
 
 def test_temperature_falls_to_one_and_divides_the_logits() -> None:
@@ -50,13 +50,13 @@ def test_temperature_falls_to_one_and_divides_the_logits() -> None:
     ids, seen = torch.arange(12).view(2, 6), {}
     for step in (0, 25, 50, 99):
         begin(callback, step)
-        seen[step] = model.base_model.stream_state.temperature
+        seen[step] = model.base_model.stream_state.run.temperature
         for of_last, own in zip(cooled.base_model.aggregate_layer[2].parameters(), head_of(model), strict=True):
             of_last.data.copy_(own / seen[step])
         torch.testing.assert_close(model(ids).logits, cooled(ids).logits)
         end(callback)
     assert seen == {0: 9.0, 25: 5.0, 50: 1.0, 99: 1.0}
-    assert model.base_model.stream_state.temperature == 1.0
+    assert model.base_model.stream_state.run.temperature == 1.0
 
 
 def head_of(model: Any) -> Any:
@@ -92,8 +92,9 @@ def test_penalty_of_a_step_reaches_streams_and_head() -> None:
     model, callback = hook(settings)
     begin(callback, 0)
     hidden: list[Any] = []
-    observe = model.base_model.stream_state.observer
-    model.base_model.stream_state.observer = lambda h, w: (hidden.append((h, w)), observe(h, w))
+    state = model.base_model.stream_state
+    observe = state.run.observer
+    state.set(observer=lambda h, w: (hidden.append((h, w)), observe(h, w)))
     model(torch.arange(12).view(2, 6))
     penalty = callback.take_penalty()
     (h, w) = hidden[0]
@@ -115,16 +116,16 @@ def test_dropped_streams_are_left_out_and_come_back() -> None:
     shares: list[float] = []
     for step in range(40):
         begin(callback, step)
-        kept: Any = state.present
+        kept: Any = state.run.row_mask
         shares.append(kept.float().mean().item())
         assert kept.shape == (4, 1)
         assert kept.any()
         weights: list[Any] = []
-        state.observer = lambda h, w, seen=weights: seen.append(w)
+        state.set(observer=lambda h, w, seen=weights: seen.append(w))
         model(ids)
         assert torch.equal(weights[0] > 0, kept[..., None].expand(4, 2, 6)), "a stream that counts has weight, no other"
         end(callback)
-        assert state.present is None
+        assert state.run.row_mask is None
     assert 0.4 < sum(shares) / len(shares) < 0.65
 
 

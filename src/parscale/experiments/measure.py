@@ -28,22 +28,17 @@ def measure(model: Any, input_ids: Int[Tensor, "b t"], *, control: Any = None, r
     """
     if not has_streams(model) or model.streams == 1:
         return {}
-    device, p = model.device, model.streams
+    device, p, state = model.device, model.streams, model.base_model.stream_state
     chunks = [chunk.to(device) for chunk in input_ids.split(rows)]
     counts = sorted({1 << i for i in range(p.bit_length()) if 1 << i <= p} | {p})
     with evaluating(model), torch.no_grad():
         alone = torch.cat([_alone(model, chunk) for chunk in chunks], dim=1)  # (P, B, T-1)
         at = {}
         for count in counts:
-            model.set_streams(count)
-            at[str(count)] = _mean_loss(model, chunks)
-        model.set_streams(p)
-        state = model.base_model.stream_state
-        smoothing, state.smoothing = state.smoothing, 1.0
-        try:
+            with state.using(streams=count):
+                at[str(count)] = _mean_loss(model, chunks)
+        with state.using(smoothing=1.0):
             uniform = _mean_loss(model, chunks)
-        finally:
-            state.smoothing = smoothing
     errors, gains = None, []
     if control is not None:
         with evaluating(control), torch.no_grad():

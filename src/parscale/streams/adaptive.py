@@ -5,8 +5,8 @@ have its own.
 """
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,26 +79,33 @@ class AdaptiveLoss:
     loss: float
 
 
-def run_hard_rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def run_hard_rows(
+    forward: Callable[..., Any], state: Any, run: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     """After the causal LM ran stream 0: run the others if a token is hard, and take the prediction of all there.
+
+    Args:
+        forward: the causal LM's, as its family has it.
+        state: the model's `StreamState`.
+        run: the `Run` that has ended.
+        args: what `forward` was given.
+        kwargs: the same, by name.
+        output: what it gave.
 
     Raises:
         InputError: gradients are on, a cache that cannot give back its last tokens, labels, or an output that is a
             tuple.
     """
-    state = model.base_model.stream_state
-    if state.hard is None:
-        return None
     if torch.is_grad_enabled():
         raise InputError(
             "hard tokens are for inference: run under torch.no_grad(), or call set_streams(p) with a number"
         )
     if kwargs.get("labels") is not None or isinstance(output, tuple):
         raise InputError("hard tokens have no loss, and no tuple of outputs: leave out labels and return_dict=False")
-    hard = prediction_entropy(output.logits) > state.hard.entropy  # (B, T)
+    hard = prediction_entropy(output.logits) > run.adaptive.entropy  # (B, T)
     rows = hard.any(dim=1).nonzero().flatten()
     if not len(rows):
-        return None
+        return output
     if len(args) == 1:
         args, kwargs = (), kwargs | {"input_ids": args[0]}
     if args or any(kwargs[name] is not None for name in kwargs.keys() - _OF_ROWS - _OF_THE_BATCH):
@@ -108,16 +115,11 @@ def run_hard_rows(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     if cache is not None:
         if any(cache.is_sliding) or cache.is_compileable:
             raise InputError("hard tokens need a cache that can be cropped: a DynamicCache without sliding windows")
-        hidden = state.hidden_of_first
+        hidden = run.hidden[-1]
         first = FirstStream(hidden[rows], cache, rows)
         kwargs["past_key_values"] = _without_last(cache, hidden.shape[1])
-    threshold, state.hard = state.hard, None
-    try:
-        with model._running(threshold.streams):
-            state.first = first
-            again = model(*args, **kwargs)
-    finally:
-        state.hard, state.first = threshold, None
+    others = replace(run, streams=run.adaptive.streams, adaptive=None, first_pass=first, hidden=None)
+    again = state.announce(others, forward, *args, **kwargs)
     output.logits[rows] = torch.where(hard[rows][..., None], again.logits, output.logits[rows])
     return output
 
@@ -141,12 +143,6 @@ def _without_last(cache: Cache, tokens: int) -> Cache:
     return other
 
 
-def keep_hidden(backbone: Any, args: tuple[Any, ...], output: Any) -> None:
-    """After the backbone ran stream 0, behind which others may have to run."""
-    state = backbone.stream_state
-    state.hidden_of_first = output[0] if state.hard is not None else None
-
-
 def prediction_entropy(logits: Float[Tensor, "... v"]) -> Float[Tensor, "..."]:
     """Entropy of the predicted distribution, in nats."""
     log_p = logits.float().log_softmax(-1)
@@ -168,10 +164,10 @@ def adaptive_losses(
         InputError: the streams have keys and values of their own.
     """
     check_adaptive(model)
-    losses, targets = [], input_ids[:, 1:]
+    losses, targets, state = [], input_ids[:, 1:], model.base_model.stream_state
     entropies = torch.empty(0)
-    for p in (1, model.base_model.stream_state.config.streams):
-        with model._running(p):
+    for p in (1, state.config.streams):
+        with state.using(streams=p, row_mask=None, adaptive=None):
             logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
         losses.append(F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none").flatten())
         entropies = prediction_entropy(logits).flatten() if p == 1 else entropies

@@ -6,8 +6,8 @@ position and never enters the KV cache: real tokens keep positions 0 … T−1, 
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, no_type_check
@@ -24,9 +24,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.config import StreamsConfig
 from parscale.streams import kv
-from parscale.streams.adaptive import FirstStream, HardTokens
 from parscale.streams.decode import decode
 from parscale.streams.order import Tail, divide_tail, duplicate, expand_bank, join_tail
+from parscale.streams.state import Run
 
 TAG = "parscale|"
 SUPPORTED = ("eager", "sdpa", "flex_attention")
@@ -36,75 +36,22 @@ PAIRS = 2**14
 """Pairs of a query and a key, on a CPU, that cost what a call of attention does by itself."""
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 """Where the requests of a packed batch begin and end, among its queries and among its keys."""
+WITHOUT_STREAMS = Run(streams=1, smoothing=0.0)
+"""How a module runs that nothing was added to."""
 _SCORE_CHANGES = ("position_bias", "softcap", "s_aux")  # what `decode` does not compute
 
 
-class StreamState:
-    """What a model's streams share: one object, held by the backbone and by all its attention modules.
-
-    Attributes:
-        config: what the model was given.
-        active: p, how many of the P streams run now.
-        generator: makes the prefixes of each layer while it is there (`PrefixGenerator`); else they are the banks.
-        merging: False lets the backbone return the P·B rows of its streams as they are, for a look at each stream.
-        present: (p, B), which of the active streams count in which row of the batch; None if all do in all.
-        tail: while stream 0 reads a prompt: the tokens of other streams that run in the same pass, behind it in the
-            sequence; else None.
-        hard: when to run more than the active streams for a token; None if never.
-        hidden_of_first: the final hidden state of stream 0 in the last pass, where more may have to run; else None.
-        first: while the others run over tokens that stream 0 ran over in the pass before: what it left; else None.
-        smoothing: ε now; training may start with another than the model's own.
-        temperature: of the softmax that gives the weights; other than 1 in training alone.
-        observer: called with the streams' final hidden states (p, B, T, d) and weights (p, B, T), before they merge.
-        group: the processes that the active streams are split over (train/parallel.py); None if this one runs them all.
-    """
-
-    def __init__(self, config: StreamsConfig) -> None:
-        self.config = config
-        self.active = config.streams
-        self.generator: Callable[[int], tuple[Tensor, Tensor]] | None = None
-        self.merging = True
-        self.present: Tensor | None = None
-        self.tail: Tail | None = None
-        self.hard: HardTokens | None = None
-        self.hidden_of_first: Tensor | None = None
-        self.first: FirstStream | None = None
-        self.smoothing = config.smoothing
-        self.temperature = 1.0
-        self.observer: Callable[[Tensor, Tensor], None] | None = None
-        self.group: Any = None
-
-    @property
-    def own(self) -> slice:
-        """Which of the P streams run now, in this process."""
-        if self.group is not None:
-            return self.group.share(self.active)
-        return slice(0 if self.first is None else 1, self.active)
-
-    @property
-    def running(self) -> int:
-        """How many these are."""
-        return self.own.stop - self.own.start
-
-    @property
-    def shares_kv(self) -> bool:
-        """Whether other streams than stream 0 run now, on its keys and values."""
-        return self.config.kv == "shared" and self.active > 1
-
-
-def prefix_of(module: Any) -> tuple[Tensor, Tensor] | None:
-    """The active streams' prefix of one attention module, (p, H, n, Dk) and (p, H, n, Dv), or (1, …) if it is one for
-    all; None if it has none."""
-    return _prefix(module, module.stream_state.own)
-
-
-def _prefix(module: Any, streams: slice) -> tuple[Tensor, Tensor] | None:
+def _prefix(module: Any, streams: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """Some streams' prefix of one attention module, (p, H, n, Dk) and (p, H, n, Dv), or (1, …) if it is one for all;
+    None if it has none."""
     if getattr(module, "prefix_k", None) is None:
         return None
     generator = module.stream_state.generator
     # Made in the layer itself: reentrant checkpointing frees whatever graph it reaches from within one.
     keys, values = generator(module.layer_idx) if generator else (module.prefix_k, module.prefix_v)
-    return (keys[streams], values[streams]) if len(keys) > 1 else (keys, values)
+    if len(keys) > 1:
+        keys, values = keys[streams], values[streams]
+    return keys.to(dtype), values.to(dtype)
 
 
 def attend(
@@ -122,8 +69,25 @@ def attend(
     and values have P·B rows; or B, those of stream 0, when a cache has kept them alone.
     """
     state: Any = getattr(module, "stream_state", None)
-    tail: Tail | None = None if state is None else state.tail
-    sharing = state.running if state is not None and state.shares_kv else 0  # how many read stream 0's keys and values
+    run = WITHOUT_STREAMS if state is None else state.run
+    return _attend(module, run, query, key, value, attention_mask, *args, implementation=implementation, **kwargs)
+
+
+def _attend(
+    module: Any,
+    run: Run,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    implementation: str,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend`, as a part of the pass `run`."""
+    tail = run.tail
+    shares = run.streams > 1 and module.stream_state.config.kv == "shared"
+    sharing = run.n_local if shares else 0  # how many read stream 0's keys and values
     paged = kwargs.pop("cache", None)
     if sharing and key.shape[0] == query.shape[0]:  # no cache was there to drop the other streams' rows
         key, value = kv.of_first_stream(key, value, sharing)
@@ -133,13 +97,13 @@ def attend(
         key, value = paged.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
         packed = {name: kwargs.pop(name) for name in _PACKED if name in kwargs}
     if tail is not None and packed:
-        return _attend_packed_with_tail(module, query, key, value, attention_mask, packed, *args, **kwargs), None
+        return _attend_packed_with_tail(module, run, query, key, value, attention_mask, packed, *args, **kwargs), None
     if tail is not None:
-        return _attend_with_tail(module, query, key, value, attention_mask, *args, **kwargs), None
+        return _attend_with_tail(module, run, query, key, value, attention_mask, *args, **kwargs), None
     if _is_better_by_request(query, key, packed):
         of_all = query, key, value, attention_mask, _requests(packed)
-        return _attend_by_request(module, *of_all, *args, implementation=implementation, **kwargs), None
-    prefix = _in_dtype_of(key, prefix_of(module))
+        return _attend_by_request(module, run, *of_all, *args, implementation=implementation, **kwargs), None
+    prefix = _prefix(module, run.local_streams, key.dtype)
     length, scaling = query.shape[2], kwargs.get("scaling")
     plain_scores = all(kwargs.get(name) is None for name in _SCORE_CHANGES)
     mask_by_head = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] > 1
@@ -187,10 +151,6 @@ def _concatenated(
     return inner(module, query, key, value, attention_mask, *args, **kwargs)
 
 
-def _in_dtype_of(key: Tensor, prefix: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-    return None if prefix is None else (prefix[0].to(key.dtype), prefix[1].to(key.dtype))
-
-
 def _is_better_by_request(query: Tensor, key: Tensor, packed: dict[str, Any]) -> bool:
     """Whether a packed batch has so many pairs of queries and keys of different requests, for the mask to discard, that
     they cost more than calls do. On a GPU they do not."""
@@ -206,6 +166,7 @@ def _requests(packed: dict[str, Any]) -> list[tuple[slice, slice]]:
 
 def _attend_by_request(
     module: Any,
+    run: Run,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -218,30 +179,31 @@ def _attend_by_request(
     attended = []
     for q, k in requests:
         own = query[:, :, q], key[:, :, k], value[:, :, k], mask[..., q, k]
-        attended.append(attend(module, *own, *args, **kwargs)[0])
+        attended.append(_attend(module, run, *own, *args, **kwargs)[0])
     return torch.cat(attended, dim=1)
 
 
 def _attend_with_tail(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+    module: Any, run: Run, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
 ) -> Float[Tensor, "b n h e"]:
     """Stream 0's prompt as always, and the last token of the other streams behind it: each sees what the prompt's last
     token sees, and a prefix of its own. Keys and values are the prompt's alone."""
-    tail: Tail = module.stream_state.tail
+    tail: Any = run.tail
     prompt, others = divide_tail(query.transpose(1, 2), tail)  # (B, T, H, D), (k·B, 1, H, D)
     length = prompt.shape[1]
     seen = key.shape[2] if mask is not None else length  # without a mask a static cache is longer than what it holds
     mask = None if mask is None else mask[..., :length, :seen]
-    with _prompt_alone(module.stream_state):
-        out, _ = attend(module, prompt.transpose(1, 2), key, value, mask, *args, implementation="sdpa", **kwargs)
+    of_prompt = prompt.transpose(1, 2), key, value, mask
+    out, _ = _attend(module, replace(run, tail=None), *of_prompt, *args, implementation="sdpa", **kwargs)
     of_last = None if mask is None else mask[..., -1:, :]
-    keys = key[:, :, :seen], value[:, :, :seen], _prefix_of_others(module, key)
+    keys = key[:, :, :seen], value[:, :, :seen], _prefix_of_others(module, tail, key)
     behind = decode(others.transpose(1, 2), *keys, of_last, kwargs.get("scaling"), tail.streams)
     return join_tail(out, behind)
 
 
 def _attend_packed_with_tail(
     module: Any,
+    run: Run,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -251,18 +213,17 @@ def _attend_packed_with_tail(
     **kwargs: Any,
 ) -> Float[Tensor, "b n h e"]:
     """The same for a packed batch: each token behind it sees what the one at its place sees, in its own request."""
-    tail: Tail = module.stream_state.tail
+    tail: Any = run.tail
+    alone = replace(run, tail=None)
     prompt, others = divide_tail(query.transpose(1, 2), tail)  # (1, T, H, D), (k, r, H, D)
-    of_prompt, prefix = (prompt.transpose(1, 2), key, value, mask), _prefix_of_others(module, key)
+    of_prompt, prefix = (prompt.transpose(1, 2), key, value, mask), _prefix_of_others(module, tail, key)
     if not _is_better_by_request(of_prompt[0], key, packed):
-        with _prompt_alone(module.stream_state):
-            out, _ = attend(module, *of_prompt, *args, implementation="sdpa", **kwargs)
+        out, _ = _attend(module, alone, *of_prompt, *args, implementation="sdpa", **kwargs)
         keys = duplicate(key, tail.streams), duplicate(value, tail.streams), mask[..., tail.places, :], prefix
         behind, _ = _concatenated(module, others.transpose(1, 2), *keys, "sdpa", *args, **kwargs)
         return join_tail(out, behind)
     requests, each = _requests(packed), []
-    with _prompt_alone(module.stream_state):
-        out = _attend_by_request(module, *of_prompt, requests, *args, implementation="sdpa", **kwargs)
+    out = _attend_by_request(module, alone, *of_prompt, requests, *args, implementation="sdpa", **kwargs)
     for i, place in enumerate(tail.places.tolist()):
         k = next(k for q, k in requests if place < q.stop)
         keys = key[:, :, k], value[:, :, k], prefix, mask[..., place : place + 1, k]
@@ -270,18 +231,8 @@ def _attend_packed_with_tail(
     return join_tail(out, torch.cat(each, dim=1))
 
 
-@contextmanager
-def _prompt_alone(state: StreamState) -> Iterator[None]:
-    tail, state.tail = state.tail, None
-    try:
-        yield
-    finally:
-        state.tail = tail
-
-
-def _prefix_of_others(module: Any, key: Tensor) -> tuple[Tensor, Tensor] | None:
-    state = module.stream_state
-    return _in_dtype_of(key, _prefix(module, slice(1, 1 + state.tail.streams)))
+def _prefix_of_others(module: Any, tail: Tail, key: Tensor) -> tuple[Tensor, Tensor] | None:
+    return _prefix(module, slice(1, 1 + tail.streams), key.dtype)
 
 
 def flex_mask(

@@ -3,6 +3,8 @@
 Two mixins, put in front of a model's own classes (see families.py): one for the backbone, one for the causal LM.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,17 @@ from transformers.modeling_utils import PreTrainedModel
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
+from parscale.streams import kv
+from parscale.streams.adaptive import run_hard_rows
 from parscale.streams.aggregate import AggregationHead, stream_weights
-from parscale.streams.attention import SUPPORTED, TAG, StreamState
+from parscale.streams.attention import SUPPORTED, TAG
 from parscale.streams.diversify import embedding, prefix, protocol
 from parscale.streams.diversify.prefix import PrefixGenerator
 from parscale.streams.diversify.projections import by_stream
 from parscale.streams.generation import StreamsGeneration
 from parscale.streams.merge import merge
 from parscale.streams.order import divide_tail, duplicate, duplicate_mask, duplicate_positions, split
+from parscale.streams.state import Run, StreamState
 from parscale.streams.tensors import belongs_to_streams, check_readable, refuse
 
 
@@ -55,6 +60,15 @@ class _HasStreams:
         allowed = super()._check_and_adjust_attn_implementation(asked, *args, **kwargs)  # type: ignore[misc]
         return check_attention(self, allowed) if streams_of(self).enters_attention else allowed  # type: ignore[arg-type]
 
+    def _set_gradient_checkpointing(
+        self, *args: Any, gradient_checkpointing_func: Callable[..., Any] | None = None, **kwargs: Any
+    ) -> None:
+        """transformers' own. The layers that run again in the backward pass run the streams of the forward pass."""
+        if gradient_checkpointing_func is not None:
+            state = self.base_model.stream_state  # type: ignore[attr-defined]
+            kwargs["gradient_checkpointing_func"] = partial(state.checkpointed, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
+
 
 class StreamsBackbone(_HasStreams):
     """Mixin of a backbone (`Qwen2Model`, …) that runs P streams. `last_hidden_state` is the merged one, (B, T, d).
@@ -82,14 +96,35 @@ class StreamsBackbone(_HasStreams):
         **kwargs: Any,
     ) -> Any:
         """Run the P active streams over a batch (B, T). Arguments and output are the model's own."""
-        settings = self.stream_state.config
+        return self.stream_state.in_pass(
+            self._run_streams,
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _run_streams(
+        self,
+        input_ids: Tensor | None,
+        *,
+        attention_mask: Any,
+        position_ids: Tensor | None,
+        past_key_values: Any,
+        inputs_embeds: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        state = self.stream_state
+        settings, run = state.config, state.run
         if settings.has_prefix and position_ids is None:
             position_ids = _positions(attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
-        p = self.stream_state.running
+        p = run.n_local
         if settings.has_embedding:
             embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
             rows = (duplicate(embeds, p),)
-            input_ids, inputs_embeds = None, by_stream(embedding.add, self.stream_state, rows, (self.stream_embedding,))
+            input_ids, inputs_embeds = None, by_stream(embedding.add, state, rows, (self.stream_embedding,))
         elif p > 1:
             input_ids = None if input_ids is None else duplicate(input_ids, p)
             inputs_embeds = None if inputs_embeds is None else duplicate(inputs_embeds, p)
@@ -108,41 +143,39 @@ class StreamsBackbone(_HasStreams):
             return_dict=True,
             **kwargs,
         )
-        hidden = output.last_hidden_state
-        if self.training and hidden.requires_grad and getattr(self, "gradient_checkpointing", False):
-            hidden.register_hook(partial(_check_streams, self.stream_state, self.stream_state.active))
-        if tail := self.stream_state.tail:
+        if tail := run.tail:
             prompt, others = divide_tail(output.last_hidden_state, tail)
             first = prompt[None, :, tail.places]
-            output.last_hidden_state = self._merge(torch.cat([first, split(others, tail.streams)]))
-        elif self.stream_state.active > 1 and self.stream_state.merging:
+            output.last_hidden_state = self._merge(torch.cat([first, split(others, tail.streams)]), run)
+        elif run.streams > 1 and run.merged:
             hidden = split(output.last_hidden_state, p)
-            if self.stream_state.group is not None:
-                hidden = self.stream_state.group.gather(hidden)
-            if self.stream_state.first is not None:
-                hidden = torch.cat([self.stream_state.first.hidden[None], hidden])
-            output.last_hidden_state = self._merge(hidden)
+            if run.group is not None:
+                hidden = run.group.gather(hidden)
+            if run.first_pass is not None:
+                hidden = torch.cat([run.first_pass.hidden[None], hidden])
+            output.last_hidden_state = self._merge(hidden, run)
             if output.get("router_logits") is not None:
                 # The load-balancing loss reads each entry as one layer's B·T tokens: P entries a layer keep it exact.
                 output["router_logits"] = tuple(c for r in output["router_logits"] for c in r.chunk(p))
+        if run.hidden is not None:
+            run.hidden.append(output.last_hidden_state)
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
 
-    def _merge(self, hidden: Tensor) -> Tensor:
-        state = self.stream_state
-        present = state.present
-        if present is not None:  # beam search has several rows for each of the batch
-            times, left = divmod(hidden.shape[1], present.shape[1])
+    def _merge(self, hidden: Tensor, run: Run) -> Tensor:
+        row_mask = run.row_mask
+        if row_mask is not None:  # beam search has several rows for each of the batch
+            times, left = divmod(hidden.shape[1], row_mask.shape[1])
             if left or not times:
                 raise InputError(
-                    f"streams are set for {present.shape[1]} rows, and the batch has {hidden.shape[1]}: call "
+                    f"streams are set for {row_mask.shape[1]} rows, and the batch has {hidden.shape[1]}: call "
                     "set_streams with one number, or one for each row"
                 )
-            present = present.repeat_interleave(times, dim=1)
-        weights = stream_weights(hidden, self.aggregate_layer, state.smoothing, present, state.temperature)
-        if state.observer is not None:
-            state.observer(hidden, weights)
+            row_mask = row_mask.repeat_interleave(times, dim=1)
+        weights = stream_weights(hidden, self.aggregate_layer, run.smoothing, row_mask, run.temperature)
+        if run.observer is not None:
+            run.observer(hidden, weights)
         return merge(hidden, weights)
 
     @torch.no_grad()
@@ -177,6 +210,19 @@ class StreamsBackbone(_HasStreams):
 
 class StreamsForCausalLM(StreamsGeneration, _HasStreams):
     """Mixin of a causal LM over a `StreamsBackbone`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own. With shared keys and values a prompt needs stream 0 alone, and p may differ by token."""
+        state = self.base_model.stream_state
+        forward = super().forward  # type: ignore[misc]
+        if state.config.kv == "own":
+            return forward(*args, **kwargs)
+        run = state.chosen
+        if run.adaptive is not None:
+            run = replace(run, hidden=[])
+        run, args, kwargs = kv.run_prompt_by_first_stream(self, run, args, kwargs)
+        output = state.announce(run, forward, *args, **kwargs)
+        return output if run.adaptive is None else run_hard_rows(forward, state, run, args, kwargs, output)
 
     @classmethod
     def from_pretrained(
@@ -227,15 +273,6 @@ class StreamsForCausalLM(StreamsGeneration, _HasStreams):
             whole = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
             state_dict = {k: v for k, v in whole.items() if ".prefix_generator." not in k}
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
-
-
-def _check_streams(state: StreamState, ran: int, gradient: Tensor) -> None:
-    """In the backward pass: the layers that run again must run as many streams as before."""
-    if state.active != ran:
-        raise InputError(
-            f"streams={state.active} in the backward pass of a forward pass with {ran}, under gradient checkpointing: "
-            "call backward() before set_streams()"
-        )
 
 
 def has_streams(model: Any) -> bool:

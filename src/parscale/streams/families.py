@@ -6,6 +6,7 @@ module, where pickle finds it, or has it made.
 """
 
 import copy
+import functools
 from typing import Any
 
 import transformers
@@ -28,10 +29,10 @@ from parscale.config import StreamsConfig, as_written
 from parscale.errors import InputError
 from parscale.streams import kv
 from parscale.streams.aggregate import AggregationHead
-from parscale.streams.attention import StreamState
 from parscale.streams.backbone import StreamsBackbone, StreamsForCausalLM
 from parscale.streams.diversify import protocol
 from parscale.streams.diversify.prefix import shapes_from_config
+from parscale.streams.state import StreamState
 
 SUFFIX = "_parscale"
 
@@ -94,6 +95,9 @@ def give_streams(model: Any) -> None:
     place = {"device": next(backbone.parameters()).device, "dtype": model.dtype}
     for diversifier in protocol.chosen(settings):
         diversifier.attach(model, backbone.stream_state)
+    for module in model.modules():
+        if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:  # turned on before
+            module._gradient_checkpointing_func = functools.partial(backbone.stream_state.checkpointed, checkpoint)
     if settings.kv == "shared":
         kv.attach(model, list(shapes_from_config(model)))
     hidden_size = model.get_input_embeddings().embedding_dim
@@ -149,10 +153,15 @@ def _lm_class(plain: type[PreTrainedModel], stem: str, config_class: type[PreTra
         for module in self.base_model.modules():
             self.base_model.init_stream_parameters(module)
 
+    @functools.wraps(plain.forward)  # transformers and others read its signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return StreamsForCausalLM.forward(self, *args, **kwargs)
+
     body = {
         "config_class": config_class,
         "__annotations__": {"config": config_class},
         "__init__": __init__,
+        "forward": forward,
         "__module__": __name__,
     }
     return _publish(type(f"{stem}ForCausalLM", (StreamsForCausalLM, plain), body))

@@ -1,8 +1,8 @@
 """How `generate` and its kin run P streams: how many, over which rows, and with which cache."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,34 +23,42 @@ class StreamsGeneration:
     @property
     def streams(self) -> int:
         """p, the number of streams that run now."""
-        return self.base_model.stream_state.active
+        return self.base_model.stream_state.chosen.streams
 
     def set_streams(self, streams: int | Sequence[int] | HardTokens) -> None:
-        """Run the first `streams` of the P trained streams from now on. Free: no weight is moved.
+        """Run the first `streams` of the P trained streams from the next pass on. Free: no weight is moved.
 
         Several numbers are one for each row of the batches to come: a row's result is what it would be alone at its p.
         All rows run the largest p; streams that a row did not ask for get no weight in it. `HardTokens` chooses p token
         by token.
+
+        It holds for all threads; a `generate` that is running in another keeps the p that it began with. Called
+        within a `generate`, it holds to that one's end.
 
         A KV cache belongs to the p that filled it; with shared keys and values it goes with any.
 
         Raises:
             InputError: not an integer from 1 to P, or a list of such; `HardTokens` where streams have their own keys.
         """
+        self.base_model.stream_state.set(**self._checked(streams))
+
+    def _checked(self, streams: int | Sequence[int] | HardTokens) -> dict[str, Any]:
+        """The fields of `Run` that say so."""
         state = self.base_model.stream_state
         hard = streams if isinstance(streams, HardTokens) else None
         if hard is not None:
             check_adaptive(self)
-            self.set_streams(hard.streams)  # is it possible?
+            self._checked(hard.streams)  # is it possible?
             streams = 1
         trained = state.config.streams
         wanted: Any = list(streams) if isinstance(streams, Sequence) else [streams]
         if not wanted or any(isinstance(p, bool) or not isinstance(p, int) or not 1 <= p <= trained for p in wanted):
             raise InputError(f"streams={streams!r} is not accepted; this model has {trained}, give 1 to {trained}")
-        state.active, state.present, state.hard = max(wanted), None, hard
+        row_mask = None
         if len(set(wanted)) > 1:
-            numbers = torch.arange(state.active, device=self.base_model.device)
-            state.present = numbers[:, None] < torch.tensor(wanted, device=numbers.device)
+            numbers = torch.arange(max(wanted), device=self.base_model.device)
+            row_mask = numbers[:, None] < torch.tensor(wanted, device=numbers.device)
+        return {"streams": max(wanted), "row_mask": row_mask, "adaptive": hard}
 
     def with_streams(self, streams: int) -> Any:
         """Another model over the same weights, not copied, that runs `streams` streams whatever this one does: a draft
@@ -91,15 +99,13 @@ class StreamsGeneration:
             self._check_length(prompt.shape[1])
             if isinstance(streams, Sequence) and len(streams) != prompt.shape[0]:
                 raise InputError(f"streams={streams!r} for {prompt.shape[0]} prompts: give one number for each")
-        with self._running(streams):
-            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        return self._with(streams, super().generate, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def generate_batch(self, inputs: list[list[int]], *args: Any, streams: int | None = None, **kwargs: Any) -> Any:
         """transformers' own continuous batching over a paged cache. `streams`: one number; errors as in `generate`."""
         for prompt in inputs:
             self._check_length(len(prompt))
-        with self._running(streams):
-            return super().generate_batch(inputs, *args, **kwargs)  # type: ignore[misc]
+        return self._with(streams, super().generate_batch, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own. The manager runs p streams as they are now; a later `set_streams` does not reach it.
@@ -108,8 +114,8 @@ class StreamsGeneration:
             InputError: a manager kept from before runs another p, several p are asked for, or this model cannot be
                 batched so.
         """
-        state = self.base_model.stream_state
-        if state.present is not None or state.hard is not None:
+        run = self.base_model.stream_state.chosen
+        if run.row_mask is not None or run.adaptive is not None:
             raise InputError("continuous batching runs one p for all requests; give streams as one integer")
         if self.base_model.stream_state.config.is_plain:
             return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
@@ -122,22 +128,18 @@ class StreamsGeneration:
         folded = FoldedModel(self, self.with_streams(self.streams)) if kept is None else kept.model
         return folded.init_continuous_batching(*args, **kwargs)
 
-    @contextmanager
-    def _running(self, streams: int | Sequence[int] | HardTokens | None) -> Iterator[None]:
+    def _with(
+        self, streams: int | Sequence[int] | HardTokens | None, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """function(*args, **kwargs) at this p in this thread, or at what p is now, whatever other threads set."""
         state = self.base_model.stream_state
-        before = state.active, state.present, state.hard
-        if streams is not None:
-            self.set_streams(streams)
-        try:
-            yield
-        finally:
-            state.active, state.present, state.hard = before
-            state.tail = None  # a KeyboardInterrupt in a prompt leaves it
+        run = state.chosen if streams is None else replace(state.chosen, **self._checked(streams))
+        return state.call(run, function, *args, **kwargs)
 
     @property
     def cached_streams(self) -> int:
         """For how many streams a KV cache has rows."""
-        return 1 if self.base_model.stream_state.shares_kv else self.streams
+        return 1 if self.base_model.stream_state.config.kv == "shared" else self.streams
 
     def _check_length(self, tokens: int) -> None:
         limit = getattr(self.config, "max_position_embeddings", None)

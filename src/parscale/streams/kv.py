@@ -5,6 +5,7 @@ values from stream 0's alone, and the KV cache holds B rows: to an engine it is 
 query heads. A prompt needs stream 0 alone, for what the others compute there is read by nobody.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from parscale.errors import InputError
-from parscale.streams.adaptive import keep_hidden, run_hard_rows
 from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import Tail, duplicate, first_stream, repeat_at
+from parscale.streams.state import Run
 
 KEYS_AND_VALUES = ("k_proj", "v_proj")
 """Projections that run for stream 0 alone. Where queries, keys and values are one fused matrix, all rows pass it, and
@@ -78,12 +79,7 @@ def attach(model: Any, attention: list[str]) -> None:
     what theirs add to a projection is added for stream 0 too, before the result is given to all.
     """
     backbone = model.base_model
-    hooks: list[Any] = [
-        model.register_forward_pre_hook(prompt_by_first_stream, with_kwargs=True),
-        model.register_forward_hook(end_of_pass, always_call=True),
-        model.register_forward_hook(run_hard_rows, with_kwargs=True),
-        backbone.register_forward_hook(keep_hidden),
-    ]
+    hooks: list[Any] = []
     for name in attention:
         module = backbone.get_submodule(name)
         module.stream_state = backbone.stream_state
@@ -101,21 +97,21 @@ def detach(model: Any) -> None:
         hook.remove()
 
 
-def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def run_prompt_by_first_stream(model: Any, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before the causal LM runs several streams over a prompt of which only the last logits are asked for: run stream 0
     over what comes before them, into the cache, and leave the rest to all streams. The same logits and the same cache.
+
+    Returns:
+        What is left: the run, the arguments, the keyword arguments.
     """
-    end_of_pass(model, (), None)  # a KeyboardInterrupt in the pass before has left it out
     if kwargs.get("cache") is not None:
-        return _packed_by_first_stream(model, args, kwargs)
+        return _packed_by_first_stream(model, run, args, kwargs)
     keep, cache = kwargs.get("logits_to_keep", 0), kwargs.get("past_key_values")
     name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
     inputs, mask, positions = kwargs.get(name), kwargs.get("attention_mask"), kwargs.get("position_ids")
-    state = model.base_model.stream_state
     others = {key: x for key, x in kwargs.items() if key not in _DIVIDED and x is not None and x is not False}
     if (
-        not (state.shares_kv or state.hard)
-        or state.first is not None
+        not (run.streams > 1 or run.adaptive)
         or torch.is_grad_enabled()
         or args
         or inputs is None
@@ -126,55 +122,50 @@ def prompt_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, 
         or model.config.output_hidden_states
         or not _is_divisible(mask, cache)
     ):
-        return None
+        return run, args, kwargs
     if isinstance(mask, dict) and None in mask.values():
         mask = None  # transformers leaves out what is causal anyway, for all tokens together: not so for the last ones
     cache = DynamicCache(config=model.config) if cache is None else cache
-    in_one_pass = keep == 1 and state.active > 1 and name == "input_ids" and (positions is not None or mask is None)
+    in_one_pass = keep == 1 and run.streams > 1 and name == "input_ids" and (positions is not None or mask is None)
     if in_one_pass and _keeps_order(model, cache):
         last_place = torch.tensor([inputs.shape[1] - 1], device=inputs.device)
-        state.active, state.tail = 1, Tail(state.active - 1, inputs.shape[0], last_place)
-        return args, kwargs | _with_tail(inputs, mask, positions, cache, state.tail)
+        tail = Tail(run.streams - 1, inputs.shape[0], last_place)
+        return replace(run, streams=1, tail=tail), args, kwargs | _with_tail(inputs, mask, positions, cache, tail)
     before, last = slice(None, -keep), slice(-keep, None)
-    with model._running(1):
-        model.base_model(
-            **{name: inputs[:, before]},
-            attention_mask=_rows_of_mask(mask, before, cut=not cache.is_compileable),
-            position_ids=None if positions is None else positions[..., before],
-            past_key_values=cache,
-            use_cache=True,
-        )
+    model.base_model.stream_state.announce(
+        replace(run, streams=1, hidden=None),
+        model.base_model,
+        **{name: inputs[:, before]},
+        attention_mask=_rows_of_mask(mask, before, cut=not cache.is_compileable),
+        position_ids=None if positions is None else positions[..., before],
+        past_key_values=cache,
+        use_cache=True,
+    )
     divided = {
         name: inputs[:, last],
         "attention_mask": _rows_of_mask(mask, last, cut=False),
         "position_ids": None if positions is None else positions[..., last],
         "past_key_values": cache,
     }
-    return args, kwargs | divided
+    return run, args, kwargs | divided
 
 
-def end_of_pass(model: Any, args: tuple[Any, ...], output: Any) -> None:
-    """After the causal LM ran a prompt with the other streams' tokens behind it, or failed to."""
-    state = model.base_model.stream_state
-    if state.tail is not None:
-        state.active, state.tail = 1 + state.tail.streams, None
-
-
-def _packed_by_first_stream(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _packed_by_first_stream(model: Any, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before a step of continuous batching, (1, T) with the tokens of many requests, in which part of a prompt is: run
     stream 0 over all of it, and the others only where something is predicted. The same logits, and the same cache."""
-    state, ids, ends = model.base_model.stream_state, kwargs["input_ids"], kwargs.get("logits_to_keep")
+    ids, ends = kwargs["input_ids"], kwargs.get("logits_to_keep")
     if (
-        not state.shares_kv
+        run.streams == 1
         or args
         or not isinstance(ends, Tensor)
         or len(ends) == ids.shape[1]  # nothing but last tokens: all streams run over all of it
         or not _computes_as_decode(model)
     ):
-        return None
-    state.active, state.tail = 1, Tail(state.active - 1, 1, ends)
-    repeated = {name: repeat_at(kwargs[name], state.tail) for name in ("input_ids", "position_ids")}
-    return args, kwargs | repeated | {"logits_to_keep": 0}  # the rest is left out before it gets there
+        return run, args, kwargs
+    tail = Tail(run.streams - 1, 1, ends)
+    repeated = {name: repeat_at(kwargs[name], tail) for name in ("input_ids", "position_ids")}
+    # The rest is left out before it gets there.
+    return replace(run, streams=1, tail=tail), args, kwargs | repeated | {"logits_to_keep": 0}
 
 
 def _with_tail(
@@ -232,21 +223,21 @@ def _rows_of_mask(mask: Any, queries: slice, cut: bool) -> Any:
 
 
 def _write_first_stream(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    state = module.stream_state
-    if not (state.shares_kv or state.tail is not None):
+    run = module.stream_state.run
+    if run.streams == 1 and run.tail is None:
         return None
 
     def instead_of(cache: Cache) -> Any:
-        return state.first or FirstStreamCache(cache, state.active, state.tail)
+        return run.first_pass or FirstStreamCache(cache, run.streams, run.tail)
 
     return args, {k: instead_of(x) if isinstance(x, Cache) else x for k, x in kwargs.items()}
 
 
 def _take_first_stream(module: Any, args: tuple[Tensor, ...]) -> Any:
-    state = module.stream_state
-    return (first_stream(args[0], state.running), *args[1:]) if state.shares_kv else None
+    run = module.stream_state.run
+    return (first_stream(args[0], run.n_local), *args[1:]) if run.streams > 1 else None
 
 
 def _give_to_all(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    state = module.stream_state
-    return duplicate(output, state.running) if state.shares_kv else output
+    run = module.stream_state.run
+    return duplicate(output, run.n_local) if run.streams > 1 else output

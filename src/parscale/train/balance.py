@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import TrainerCallback
 
-from parscale.streams.attention import StreamState
+from parscale.streams.state import StreamState
 from parscale.train.config import Balance
 
 
@@ -35,22 +35,32 @@ class StreamBalance(TrainerCallback):
         as it would have gone."""
         settings, own = self.settings, self.state.config
         left = max(0.0, 1 - state.global_step / (settings.smoothing_share * state.max_steps))
+        smoothing, streams, row_mask = own.smoothing, own.streams, None
         if settings.smoothing_start is not None:
-            self.state.smoothing = own.smoothing + left * (settings.smoothing_start - own.smoothing)
-        self.state.temperature = 1 + left * (settings.temperature_start - 1)
+            smoothing += left * (settings.smoothing_start - own.smoothing)
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + state.global_step)
         if torch.rand((), generator=draw) < settings.fewer_streams:
-            self.model.set_streams(int(torch.randint(1, own.streams, (), generator=draw)))
+            streams = int(torch.randint(1, own.streams, (), generator=draw))
         if settings.stream_dropout > 0:
-            self.state.present = _kept(self.state.active, settings.stream_dropout, draw).to(self.model.device)
-        if settings.penalizes:
-            self.state.observer = self._observe
+            row_mask = _kept(streams, settings.stream_dropout, draw).to(self.model.device)
+        self.state.set(
+            streams=streams,
+            row_mask=row_mask,
+            smoothing=smoothing,
+            temperature=1 + left * (settings.temperature_start - 1),
+            observer=self._observe if settings.penalizes else None,
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The model as it is meant to be, before anyone evaluates or saves it."""
-        self.model.set_streams(self.state.config.streams)
-        self.state.smoothing, self.state.temperature = self.state.config.smoothing, 1.0
-        self.state.observer = None
+        self.take_back()
+
+    def take_back(self) -> None:
+        """Run the model as it is meant to be."""
+        own = self.state.config
+        self.state.set(
+            streams=own.streams, row_mask=None, adaptive=None, smoothing=own.smoothing, temperature=1.0, observer=None
+        )
 
     def take_penalty(self) -> Tensor | None:
         """What the last forward pass adds to the loss; None if nothing."""

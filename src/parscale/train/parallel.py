@@ -133,7 +133,7 @@ def split_streams(model: Any, size: int) -> DeviceMesh:
     """
     shape = (dist.get_world_size() // size, size)
     mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=("data", "streams"))
-    model.base_model.stream_state.group = StreamGroup(mesh["streams"].get_group())
+    model.base_model.stream_state.set(group=StreamGroup(mesh["streams"].get_group()))
     return mesh
 
 

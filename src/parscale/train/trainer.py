@@ -99,6 +99,14 @@ class StreamsTrainer(FaultTolerance, Trainer):
         if stream_parallel > 1:
             split_streams(base_of(self.model), stream_parallel)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own. After an interruption too, the model runs as it did before the step."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.balance is not None:
+                self.balance.take_back()
+
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's own, with FSDP2 on CPUs too, and one batch for the processes that share its streams."""
         super().create_accelerator_and_postprocess()

@@ -1,8 +1,6 @@
 """What the streams do while they train, for the loggers, and two alarms from the method's known failures."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
 
@@ -41,7 +39,7 @@ class StreamWatch:
         """The streams now; None for a model with one stream. All processes of a sharded model call it together."""
         if not has_streams(model) or model.streams == 1:
             return None
-        with _all_streams(model):
+        with model.base_model.stream_state.using(group=None):  # every process runs all streams
             return probe_streams(model, self.input_ids, control=self.control)
 
     def look_closely(self, model: Any) -> StreamDetails | None:
@@ -51,7 +49,7 @@ class StreamWatch:
             return None
         rows, length = CLOSELY
         control = None if self.control is None else self.control[:rows, : length - 1]
-        with _all_streams(model):
+        with model.base_model.stream_state.using(group=None):
             return probe_details(model, self.input_ids[:rows, :length], control=control)
 
     def alarms(self, seen: StreamProbe, step: int) -> list[str]:
@@ -62,17 +60,6 @@ class StreamWatch:
         self.suspected = set(failures)
         self.alarmed.update(lasting)
         return [f"alarm at step {step}: {failures[name]}: {ADVICE[name]}" for name in lasting]
-
-
-@contextmanager
-def _all_streams(model: Any) -> Iterator[None]:
-    """While it lasts, every process runs all streams, however they are split."""
-    state = model.base_model.stream_state
-    group, state.group = state.group, None
-    try:
-        yield
-    finally:
-        state.group = group
 
 
 def as_logs(seen: StreamProbe) -> dict[str, float]:

@@ -12,9 +12,9 @@ from transformers import initialization
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError, first_line
-from parscale.streams.attention import StreamState
 from parscale.streams.diversify.calibration import Calibration, evaluating
 from parscale.streams.order import split
+from parscale.streams.state import StreamState
 
 TOLERANCE = 0.05
 """Mean difference of the logits from the plain model's, in their standard deviations: far above rounding."""

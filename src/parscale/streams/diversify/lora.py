@@ -16,10 +16,10 @@ from transformers import initialization
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
-from parscale.streams.attention import StreamState
 from parscale.streams.diversify import projections
 from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import split
+from parscale.streams.state import StreamState
 
 
 def add_update(

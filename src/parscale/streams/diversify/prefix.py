@@ -16,9 +16,9 @@ from transformers import initialization
 
 from parscale.config import PREFIX_SHAPES, StreamsConfig
 from parscale.errors import InputError
-from parscale.streams.attention import StreamState
 from parscale.streams.diversify.calibration import Calibration, LayerStatistics, evaluating
 from parscale.streams.diversify.projections import place_of
+from parscale.streams.state import StreamState
 
 NEAR_IDENTITY_NATS = 1e-3
 """What a near-identity start may cost: mean KL divergence from the plain model's predictions, in nats per token."""

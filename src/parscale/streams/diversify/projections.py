@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
-from parscale.streams.attention import StreamState
 from parscale.streams.kv import KEYS_AND_VALUES
 from parscale.streams.order import divide_tail, first_stream, join_tail
+from parscale.streams.state import StreamState
 
 _BACK_TO_HIDDEN = ("o_proj", "out_proj", "c_proj", "dense", "down_proj", "dense_4h_to_h", "wo", "w2", "fc2", "fc_out")
 _ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -60,13 +60,14 @@ def by_stream(
     """function(*rows, *banks) with the entries of the streams that the rows, (P·B, …), are of, or the only one; with
     `plain_first`, of stream 0's rows the first ones given as they are. Where other streams' tokens stand behind stream
     0's prompt, each part gets its own."""
-    own, plain = state.own, state.config.plain_first
-    if state.tail and rows[0].ndim == 2:  # a mixture's MLP flattens (B, T)
-        rows = tuple(x.unflatten(0, (state.tail.batch, -1)) for x in rows)
+    run = state.run
+    own, plain, tail = run.local_streams, state.config.plain_first, run.tail
+    if tail and rows[0].ndim == 2:  # a mixture's MLP flattens (B, T)
+        rows = tuple(x.unflatten(0, (tail.batch, -1)) for x in rows)
         return by_stream(function, state, rows, banks).flatten(0, 1)
-    if state.tail and len(banks[0]) > 1:
-        prompts, last = zip(*(divide_tail(x, state.tail) for x in rows), strict=True)
-        others = slice(1, 1 + state.tail.streams)
+    if tail and len(banks[0]) > 1:
+        prompts, last = zip(*(divide_tail(x, tail) for x in rows), strict=True)
+        others = slice(1, 1 + tail.streams)
         first = prompts[0] if plain else function(*prompts, *(b[:1] for b in banks))
         return join_tail(first, function(*last, *(b[others] for b in banks)))
     if not plain or own.start > 0:

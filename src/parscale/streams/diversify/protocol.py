@@ -6,9 +6,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 
 from parscale.config import StreamsConfig
-from parscale.streams.attention import StreamState
 from parscale.streams.diversify import embedding, lora, prefix, rank1
 from parscale.streams.diversify.calibration import Calibration
+from parscale.streams.state import StreamState
 
 
 @runtime_checkable

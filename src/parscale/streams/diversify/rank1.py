@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from parscale.config import StreamsConfig
-from parscale.streams.attention import StreamState
 from parscale.streams.diversify import projections
 from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import split
+from parscale.streams.state import StreamState
 
 SPREAD = 0.1
 """Standard deviation of the scales around 1 at the start; a tenth of it for a near-identity start."""
