@@ -21,7 +21,7 @@ from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.experiments import sweep as sweeping
 from parscale.experiments.catalogue import CLAIMS
-from parscale.experiments.experiment import parse_corpora, planned
+from parscale.experiments.experiment import parse_corpora, planned, verdict_of
 from parscale.experiments.runs import SCALES, Run
 from parscale.experiments.shapes import configuration, gpu_hours
 from parscale.experiments.sweep import Task, read_rows, sweep
@@ -283,7 +283,7 @@ def test_workers_share_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert added.keys() == {"control", "P=4, prefix+lora", "LoRA"}
     assert added["LoRA"] == pytest.approx(added["P=4, prefix+lora"], rel=0.05)
     assert all(row["corpora"]["forgetting"]["before"] > 0 for row in rows)
-    assert CLAIMS["domains"].verdict(rows).outcome in ("undecided", "not run")
+    assert verdict_of(CLAIMS["domains"], rows, "smoke").outcome in ("undecided", "not run")
 
 
 def test_the_documents_name_every_experiment_and_count_its_runs() -> None:

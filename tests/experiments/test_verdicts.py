@@ -11,16 +11,23 @@ import pytest
 from parscale.errors import InputError
 from parscale.experiments.catalogue import CLAIMS, claim_named
 from parscale.experiments.claims import efficiency, law, theory
-from parscale.experiments.experiment import outcome_told, verdict_of
+from parscale.experiments.experiment import judged, outcome_told, verdict_of
+from parscale.experiments.runs import SCALES
 from parscale.experiments.verdicts import Outcome, Verdict, combine, gain_of, interval, paired
 from parscale.law.compare import Comparison
 from tests.experiments.rows import row, seeds
 
 CONTROL = (3.0, 3.1, 3.2)
+SMALLEST = SCALES["cpu"].sizes[0]
+
+
+def keys(rows: list[dict[str, Any]]) -> set[tuple[str, int]]:
+    return {(row["name"], row["seed"]) for row in rows}
 
 
 def verdict(name: str, rows: list[dict[str, Any]]) -> Any:
-    return CLAIMS[name].verdict(rows)
+    """Of rows with the names that the claim has at the scale cpu."""
+    return CLAIMS[name].verdict(judged(CLAIMS[name], rows, "cpu"))
 
 
 def test_a_gain_is_paired_by_seed_and_told_in_deviations_of_the_reference() -> None:
@@ -152,7 +159,7 @@ def test_theory(sign: int, outcome: str) -> None:
     for i, rho in enumerate((0.1, 0.3, 0.5, 0.7)):
         gain = sign * 0.1 * (1 - rho)
         rows += seeds(f"P=4, {i}", *(loss - gain for loss in CONTROL), streams=4, measured={"rho": rho})
-    found = verdict("theory", rows)
+    found = theory.verdict(rows)
     assert found.outcome == outcome
     assert found.table[0]["[(P−1)ρ+1]/P"] == pytest.approx((3 * 0.1 + 1) / 4)
     assert found.table[0]["reducible loss that this would take"] == pytest.approx(sign * 0.09 / (1 - 1.3 / 4))
@@ -170,7 +177,7 @@ def test_theory_is_not_decided_by_one_seed() -> None:
     rows = seeds("control", 3.0)
     for i in range(8):
         rows += seeds(f"P=4, {i}", 2.9 + 0.01 * i, streams=4, measured={"rho": 0.1 * i})
-    found = verdict("theory", rows)
+    found = theory.verdict(rows)
     assert (found.outcome, "fewer than 3 seeds" in found.reason) == ("undecided", True)
 
 
@@ -178,7 +185,7 @@ def test_theory_says_nothing_of_a_few_runs() -> None:
     streamed = [row for p in (2, 4) for row in seeds(f"P={p}", 3.0, 2.9, streams=p, measured={"rho": 0.1 * p})]
     rows = seeds("control", *CONTROL) + streamed
     two_texts = rows + [row | {"corpus": "prose"} for row in rows]
-    assert verdict("theory", two_texts).outcome == "undecided"  # eight in all, but four on each text
+    assert theory.verdict(two_texts).outcome == "undecided"  # eight in all, but four on each text
 
 
 def test_prefix() -> None:
@@ -203,10 +210,11 @@ def test_prefix() -> None:
 def law_rows(k: float, seeds: int = 3) -> list[dict[str, Any]]:
     """Losses of a known law at the paper's sizes, with noise of 0.0005 nats."""
     noise, rows = np.random.default_rng(0), []
-    for n, p, seed in itertools.product((0.5e9, 0.7e9, 1.1e9, 1.6e9, 2.8e9), (1, 2, 4, 8), range(seeds)):
+    sizes = dict(zip(SCALES["cpu"].sizes, (0.5e9, 0.7e9, 1.1e9, 1.6e9, 2.8e9), strict=True))
+    for (size, n), p, seed in itertools.product(sizes.items(), (1, 2, 4, 8), range(seeds)):
         loss = 0.7 + (0.0113e9 / (n * (k * math.log(p) + 1))) ** 0.19 + noise.normal(scale=5e-4)
         own = 0.4 * n * p  # says nothing
-        rows.append(row(f"{n:g}, P={p}", seed, loss, params=n + own, stream_parameters=own, streams=p))
+        rows.append(row(f"{size}, P={p}", seed, loss, params=n + own, stream_parameters=own, streams=p))
     return rows
 
 
@@ -246,20 +254,21 @@ def test_runs_with_a_load_balance_have_a_law_of_their_own_that_decides_nothing()
     """Two streams have no remedy: they stand in both."""
     rows = law_rows(0.2)
     even = [r | {"name": f"{r['name']}, load balance"} for r in law_rows(0.6) if r["streams"] >= 4]
-    kinds = law.by_remedy(rows + even)
-    assert kinds[""] == rows
-    assert kinds["load balance"] == [r for r in rows if r["streams"] < 4] + even
-    of_one_size = [r for r in even if r["name"].startswith("5e+08,")]
-    assert {r["name"].split(",")[0] for r in law.by_remedy(rows + of_one_size)["load balance"]} == {"5e+08"}
+    kinds = law.by_remedy(judged(law.CLAIM, rows + even, "cpu"))
+    assert keys(kinds[""]) == keys(rows)
+    assert keys(kinds["load balance"]) == keys([r for r in rows if r["streams"] < 4] + even)
+    of_one_size = judged(law.CLAIM, rows + [r for r in even if r["name"].startswith(f"{SMALLEST},")], "cpu")
+    assert {r["of"].model for r in law.by_remedy(of_one_size)["load balance"]} == {SMALLEST}
 
 
 def test_a_rate_by_width_has_the_scales_own_width_as_it_is() -> None:
-    rows = [r | {"name": r["name"].replace("1.1e+09", "pico")} for r in law_rows(0.2)]
-    by_width = [r | {"name": f"{r['name']}, rate by width"} for r in law_rows(0.6) if r["name"].startswith("5e+08")]
-    kinds = law.by_remedy([r | {"scale": "cpu"} for r in rows + by_width])
-    assert [r["name"] for r in kinds[""]] == [r["name"] for r in rows]
-    assert {r["name"].split(", P")[0] for r in kinds["rate by width"]} == {"pico", "5e+08"}
-    assert all(r["name"].endswith("rate by width") for r in kinds["rate by width"] if r["name"].startswith("5e+08"))
+    rows = law_rows(0.2)
+    by_width = [r | {"name": f"{r['name']}, rate by width"} for r in law_rows(0.6) if r["name"].startswith(SMALLEST)]
+    kinds = law.by_remedy(judged(law.CLAIM, rows + by_width, "cpu"))
+    assert keys(kinds[""]) == keys(rows)
+    found = kinds["rate by width"]
+    assert {r["of"].model for r in found} == {"pico", SMALLEST}
+    assert all(r["of"].variant == "rate by width" for r in found if r["of"].model == SMALLEST)
 
 
 @pytest.mark.slow
@@ -273,7 +282,7 @@ def test_a_load_balance_is_told_beside_the_law() -> None:
 
 
 def test_a_law_of_one_size_cannot_be_fitted() -> None:
-    rows = [r for r in law_rows(0.4, seeds=1) if r["name"].startswith("5e+08,")]
+    rows = [r for r in law_rows(0.4, seeds=1) if r["name"].startswith(f"{SMALLEST},")]
     assert verdict("law", rows).outcome == "undecided"
 
 
@@ -288,12 +297,12 @@ def test_many_streams_judges_the_doublings_beyond_eight() -> None:
 
 def test_data_compares_the_gains_at_least_and_most_tokens() -> None:
     rows = []
-    for factor, gain in ((0.5, 0.05), (1, 0.1), (2, 0.2)):
+    for factor, gain in ((0.25, 0.05), (0.5, 0.1), (1, 0.2)):
         rows += seeds(f"control, {factor:g} × tokens", *CONTROL)
         rows += seeds(f"P=2, {factor:g} × tokens", *(loss - gain for loss in CONTROL))
     found = verdict("data", rows)
     assert found.outcome == "supported"
-    assert [x for x, _ in found.curves["code, P=2"]] == [-1.0, 0.0, 1.0]
+    assert [x for x, _ in found.curves["code, P=2"]] == [-2.0, -1.0, 0.0]
     of_equal_compute = [line["over one stream on P times the tokens"] for line in found.table]
     assert [told.split()[0] for told in of_equal_compute] == ["+0.0500", "+0.1000", "not"]  # every control is the same
 
@@ -395,9 +404,9 @@ def test_shared_keys_stand_beside_own_ones_with_the_same_remedy() -> None:
         rows += seeds(f"pretrain, P=4, {name}", *(loss - gain for loss in CONTROL), **of)
     kept = {line["run"].split(", ", 2)[2]: line["of the own gain"] for line in verdict("sharing", rows).table}
     equal = seeds("pretrain, P=1, LoRA of 4 streams", *(loss - 0.05 for loss in CONTROL))
-    table = verdict("sharing", rows + equal).table
-    assert table[0]["over as many LoRA parameters"].startswith("+0.15")
-    assert table[-1]["gain over control"].startswith("+0.05")
+    table = {line["run"]: line for line in verdict("sharing", rows + equal).table}
+    assert table["pretrain, P=4, own"]["over as many LoRA parameters"].startswith("+0.15")
+    assert table["pretrain, P=1, LoRA of 4 streams"]["gain over control"].startswith("+0.05")
     assert kept == {"own": "", "own, load balance": "", "shared, load balance": "50%", "shared, no prefix": "100%"}
 
 
@@ -440,11 +449,11 @@ def test_lora_must_keep_most_of_what_four_times_its_rank_gains() -> None:
     found = verdict("lora", rows)
     assert found.outcome == "supported"  # 0.2 is more than 0.8 of 0.21
     assert found.curves["code, frozen"] == [(8.0, pytest.approx(0.2)), (32.0, pytest.approx(0.21))]
-    told = rows + seeds("frozen, MLP alone", 2.5, 2.6, 2.7, **of(8, lora_targets=["up_proj"]))
+    told = rows + seeds("frozen, MLP alone", 2.5, 2.6, 2.7, **of(8))
     told += seeds("frozen, one stream as large as with rank × 1", 2.9, 3.0, 3.1, **of(32, streams=1))
     found = verdict("lora", told)
     assert found.outcome == "supported", "they are told, and decide nothing"
-    assert [line["projections"] for line in found.table][-2:] == ["up_proj", "all"]
+    assert [line["projections"] for line in found.table][-2:] == ["gate_proj up_proj", "all"]
     assert found.table[2]["over one stream with as many LoRA parameters"].startswith("+0.1000")
     assert "frozen, MLP" not in found.curves
     lost = [row | {"validation_loss": row["validation_loss"] - 0.3 * row["name"].endswith("× 4")} for row in rows]

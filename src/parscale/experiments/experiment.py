@@ -94,10 +94,19 @@ def parse_corpora(given: Sequence[str]) -> Corpora:
 
 def verdict_of(claim: Claim, rows: Sequence[dict[str, Any]], scale: str) -> Verdict:
     """What the rows of one scale say, in the order of the claim's runs: several workers write them in any."""
-    place = {run.name: number for number, run in enumerate(claim.runs(SCALES[scale], ["first", "second"]))}
-    of_scale = _texts_apart([row for row in rows if row["scale"] == scale])
-    of_scale.sort(key=lambda row: (place.get(row["name"], len(place)), row.get("seed", 0)))
+    of_scale = judged(claim, _texts_apart([row for row in rows if row["scale"] == scale]), scale)
     return claim.verdict(of_scale) if of_scale else NOT_RUN
+
+
+def judged(claim: Claim, rows: Sequence[dict[str, Any]], scale: str) -> list[dict[str, Any]]:
+    """The rows in the order of the claim's runs, each with its run under `of`. Rows of runs that it no longer has are
+    left out; what is measured, not trained, has no run."""
+    if claim.measurements is not None:
+        return list(rows)
+    runs = {run.name: run for run in claim.runs(SCALES[scale], ["first", "second"])}
+    place = {name: number for number, name in enumerate(runs)}
+    found = [row | {"of": runs[row["name"]]} for row in rows if row["name"] in runs]
+    return sorted(found, key=lambda row: (place[row["name"]], row.get("seed", 0)))
 
 
 def _texts_apart(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,12 +12,16 @@ from parscale.train.config import MANY_STREAMS, SLOW_HEAD, Balance, Stage
 ScaleName = Literal["smoke", "cpu", "gpu", "paper"]
 
 
+LABELS = ("name", "place", "variant", "at")
+"""Fields of a run for the eyes of its claim: they are in no key."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One training of an experiment. A seed makes it a row.
 
     Args:
-        name: what the experiment calls it; not part of what it is.
+        name: what the experiment calls it, and no other run of a text; not part of what it is, and not parsed.
         corpus: name of the text, as given to `--corpus`.
         model: a shape (`train.shapes.SHAPES`, `experiments.shapes`), or a size of the paper where it is not run.
         streams: the streams.
@@ -30,6 +34,9 @@ class Run:
         control: the run whose model the streams' errors are measured against.
         forgetting: name of a text on which the loss is measured before and after.
         balance: what keeps the streams apart in training.
+        place: what it is compared within: a stage or a size, as the claim has it. Not part of what it is.
+        variant: what tells it from other runs of its place with as many streams. Not part of what it is.
+        at: where it stands on the claim's axis. Not part of what it is.
     """
 
     name: str
@@ -49,6 +56,9 @@ class Run:
     stream_learning_rate: float = 1e-2
     head_rate: float = 1.0
     decay: float = 0.5
+    place: str = ""
+    variant: str = ""
+    at: float = 0.0
 
     @property
     def depth(self) -> int:
@@ -66,7 +76,7 @@ class Run:
         told: dict[str, Any] = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.name == "name" or value == entry.default:
+            if entry.name in LABELS or value == entry.default:
                 continue
             if isinstance(value, Run):
                 told[entry.name] = value.describe()

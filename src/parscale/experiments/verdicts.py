@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from parscale.config import StreamsConfig
+from parscale.experiments.runs import Run
 from parscale.probe import MONOCULTURE_WEIGHT, unsmoothed
 
 Outcome = Literal["supported", "not supported", "undecided", "not run"]
@@ -171,6 +172,11 @@ def by_corpus(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         found.setdefault(row["corpus"], []).append(row)
     return found
+
+
+def runs_of(rows: Sequence[Row]) -> dict[str, Run]:
+    """The runs of judged rows by name, in the order in which they came."""
+    return {row["name"]: row["of"] for row in rows}
 
 
 def names(rows: Sequence[Row]) -> list[str]:

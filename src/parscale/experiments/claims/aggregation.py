@@ -6,7 +6,7 @@ from typing import Any
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import SLOW, Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, gain_of, mean_loss, names, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, gain_of, mean_loss, paired, runs_of
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -16,7 +16,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     p = 4
     for corpus in corpora:
         streamed = [
-            scale.run(f"P={p}, {way}, {aggregate}", corpus, make(p, aggregate=aggregate), **rate)
+            scale.run(f"P={p}, {way}, {aggregate}", corpus, make(p, aggregate=aggregate), **rate, variant=way)
             for way, make in (("prefix", scale.prefix), ("prefix+lora", scale.lora))
             for aggregate, rate in rates.items()
         ]
@@ -27,15 +27,17 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 def verdict(rows: Sequence[Row]) -> Verdict:
     table, outcomes, said = [], [], []
     for corpus, of in by_corpus(rows).items():
-        for learned in (name for name in names(of) if name.endswith(", learned")):
-            gain = paired(of, learned, learned.removesuffix("learned") + "mean")
+        for learned, run in runs_of(of).items():
+            if run.control is None or run.streams.aggregate != "learned":
+                continue
+            gain = paired(of, learned, f"P={run.streams.streams}, {run.variant}, mean")
             outcomes.append(gain.outcome)
             said.append(f"{learned} over mean on {corpus}: {gain}")
             measured = [row["measured"] for row in by_seed(of, learned).values()]
             for way, other in WAYS.items():
                 over = gain_of([m["merged"] for m in measured], [other(m) for m in measured])
                 said.append(f"its weights over {way} of the same model: {over}")
-        for name in names(of):
+        for name in runs_of(of):
             seen = list(by_seed(of, name).values())
             if measured := [row["measured"] for row in seen if row["measured"]]:
                 gain = paired(of, name, "control")

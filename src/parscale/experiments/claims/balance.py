@@ -1,6 +1,7 @@
 """What keeps many streams in use, and is it worth loss?"""
 
 from collections.abc import Sequence
+from typing import Any
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import EVEN, SLOW, Run, Scale, against
@@ -13,8 +14,8 @@ from parscale.experiments.verdicts import (
     gain_points,
     imbalance,
     mean_loss,
-    names,
     paired,
+    runs_of,
 )
 from parscale.train.config import Balance
 
@@ -34,22 +35,23 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         "decorrelation": Balance(decorrelation=0.1),
         "stream dropout": Balance(stream_dropout=0.1),
     }
+    few = scale.streams[-2]  # where a head that starts at zero picks one stream in some seeds alone
+    ways: list[tuple[int, str, dict[str, Any], dict[str, Any]]] = []
+    for p in scale.streams:
+        ways += [(p, FREE, {}, {}), (p, "load balance", {}, EVEN)]
+    ways += [(p, CHOSEN, {}, SLOW) for p in (*scale.streams, 2 * most)]
+    ways += [(most, name, {}, {"balance": balance}) for name, balance in remedies.items()]
+    ways += [
+        (most, f"{CHOSEN} and load balance", {}, EVEN | SLOW),
+        (most, "mean", {"aggregate": "mean"}, {}),
+        (few, "random head", {"head_init": "random"}, {}),
+    ]
     found = []
     for corpus in corpora:
-        streamed = []
-        for p in scale.streams:
-            streamed.append(scale.run(f"P={p}, {FREE}", corpus, scale.lora(p)))
-            streamed.append(scale.run(f"P={p}, load balance", corpus, scale.lora(p), **EVEN))
-        for p in (*scale.streams, 2 * most):
-            streamed.append(scale.run(f"P={p}, {CHOSEN}", corpus, scale.lora(p), **SLOW))
-        streamed += [
-            scale.run(f"P={most}, {name}", corpus, scale.lora(most), balance=b) for name, b in remedies.items()
+        streamed = [
+            scale.run(f"P={p}, {name}", corpus, scale.lora(p, **streams), variant=name, **training)
+            for p, name, streams, training in ways
         ]
-        both = f"P={most}, {CHOSEN} and load balance"
-        streamed.append(scale.run(both, corpus, scale.lora(most), **EVEN, **SLOW))
-        streamed.append(scale.run(f"P={most}, mean", corpus, scale.lora(most, aggregate="mean")))
-        few = scale.streams[-2]  # where a head that starts at zero picks one stream in some seeds alone
-        streamed.append(scale.run(f"P={few}, random head", corpus, scale.lora(few, head_init="random")))
         found += against(scale.run("control", corpus, scale.prefix(1)), streamed)
     return found
 
@@ -60,9 +62,11 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     table, outcomes, said = [], [], []
     for corpus, of in by_corpus(rows).items():
         by_count: dict[int, Gain] = {}
-        for name in (name for name in names(of) if name != "control"):
-            streams, remedy = name.split(", ")
-            over_none = paired(of, name, f"{streams}, {FREE}")
+        for name, run in runs_of(of).items():
+            if run.control is None:
+                continue
+            p, remedy = run.streams.streams, run.variant
+            over_none = paired(of, name, f"P={p}, {FREE}")
             seen = list(by_seed(of, name).values())
             table.append(
                 {
@@ -76,12 +80,13 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 | imbalance(seen)
             )
             if remedy == CHOSEN and over_none.seeds:
-                by_count[int(streams.removeprefix("P="))] = over_none
+                by_count[p] = over_none
         for p, gain in sorted(by_count.items()):
             said.append(f"P={p} on {corpus}: {CHOSEN} over no remedy {gain}")
             if p == max(by_count):
                 outcomes.append(gain.outcome)
-    places = {name: (name.split(", ")[1], float(name[2:].split(",")[0])) for name in names(rows) if name != "control"}
+    streamed = {name: run for name, run in runs_of(rows).items() if run.control is not None}
+    places = {name: (run.variant, float(run.streams.streams)) for name, run in streamed.items()}
     return Verdict(outcomes, "; ".join(said) + ".", table, gain_points(rows, places), AXES)
 
 

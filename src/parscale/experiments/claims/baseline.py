@@ -11,9 +11,9 @@ from parscale.experiments.verdicts import (
     by_corpus,
     combine,
     gain_points,
-    names,
     over_control,
     paired,
+    runs_of,
 )
 
 PLAIN_ONE = "P=1, no prefix"
@@ -26,8 +26,11 @@ EQUAL = 4
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     found = []
     for corpus in corpora:
-        streamed = [scale.run(f"P={p}, prefix", corpus, scale.prefix(p)) for p in scale.streams]
-        streamed += [scale.run(f"P={p}, prefix+lora", corpus, scale.lora(p), **remedy(p)) for p in scale.streams]
+        streamed = [scale.run(f"P={p}, prefix", corpus, scale.prefix(p), variant="prefix") for p in scale.streams]
+        streamed += [
+            scale.run(f"P={p}, prefix+lora", corpus, scale.lora(p), variant="prefix+lora", **remedy(p))
+            for p in scale.streams
+        ]
         one = [scale.run(PLAIN_ONE, corpus, PLAIN)]
         if scale.name != "paper":
             equal = scale.lora(1, lora_rank=EQUAL * scale.lora_rank)
@@ -35,24 +38,26 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         else:
             streamed = [run for run in streamed if run.streams.diversify == ("prefix",)]
             streamed.append(scale.run("P=1, 0.5B", corpus, PLAIN, model="0.5B"))
-            streamed.append(scale.run("P=2, prefix, 0.5B", corpus, scale.prefix(2), model="0.5B"))
+            small = scale.run("P=2, prefix, 0.5B", corpus, scale.prefix(2), variant="prefix, 0.5B", model="0.5B")
+            streamed.append(small)
         found += against(scale.run("control", corpus, scale.prefix(1)), [*one, *streamed])
     return found
 
 
 def verdict(rows: Sequence[Row]) -> Verdict:
+    streamed = {name: run for name, run in runs_of(rows).items() if run.streams.streams > 1}
     gains = {
         (corpus, name): paired(of, name, "control")
         for corpus, of in by_corpus(rows).items()
-        for name in names(of)
-        if name.startswith("P=") and not name.startswith("P=1")
+        for name in runs_of(of)
+        if name in streamed
     }
     said = [f"{name} on {corpus}: {gain}" for (corpus, name), gain in gains.items()]
     of_kind: dict[str, list[Outcome]] = {
-        kind: [gain.outcome for (_, name), gain in gains.items() if name.endswith(kind)] for kind in KINDS
+        kind: [gain.outcome for (_, name), gain in gains.items() if streamed[name].variant == kind] for kind in KINDS
     }
     said += [f"{kind}: {combine(found)}" for kind, found in of_kind.items() if found]
-    places = {name: (name.split(", ")[1], float(name[2:].split(",")[0])) for _, name in gains if "prefix" in name}
+    places = {name: (run.variant, float(run.streams.streams)) for name, run in streamed.items()}
     deciding = next((found for found in of_kind.values() if found), [])
     table = over_control(rows)
     for line in table:

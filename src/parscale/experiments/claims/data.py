@@ -4,12 +4,13 @@ The most streams are trained on the most tokens alone, for they cost the most; a
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import SLOW, Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, growth, names, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, growth, paired, runs_of
 
 FACTORS = (0.125, 0.25, 0.5, 1.0)
 
@@ -21,10 +22,12 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         for factor in FACTORS[2:] if scale.name == "smoke" else FACTORS:
             tokens = max(2, round(factor * scale.tokens / step)) * step
             name = f"{factor:g} × tokens"
-            streamed = [scale.run(f"P={p}, {name}", corpus, scale.lora(p), tokens=tokens) for p in scale.streams[:2]]
+            rates: dict[int, dict[str, Any]] = {p: {"tokens": tokens} for p in scale.streams[:2]}
             if factor == FACTORS[-1]:
-                most = scale.streams[2:]
-                streamed += [scale.run(f"P={p}, {name}", corpus, scale.lora(p), **SLOW) for p in most]
+                rates |= dict.fromkeys(scale.streams[2:], SLOW)
+            streamed = [
+                scale.run(f"P={p}, {name}", corpus, scale.lora(p), at=factor, **rate) for p, rate in rates.items()
+            ]
             control = scale.run(f"control, {name}", corpus, scale.prefix(1), tokens=tokens)
             found += against(control, streamed)
     return found
@@ -35,14 +38,15 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     costs what P streams cost to train: a control of equal compute."""
     table, outcomes, said, curves = [], [], [], {}
     for corpus, of in by_corpus(rows).items():
-        for streams in dict.fromkeys(name.split(",")[0] for name in names(of) if name.startswith("P=")):
+        streamed = {name: run for name, run in runs_of(of).items() if run.control is not None}
+        for p in dict.fromkeys(run.streams.streams for run in streamed.values()):
             by_factor: dict[float, tuple[str, str]] = {}
-            for name in (name for name in names(of) if name.startswith(streams + ",")):
-                control = name.replace(streams, "control", 1)
-                factor = float(name.split(", ")[1].split()[0])
-                by_factor[factor] = name, control
-                gain = paired(of, name, control)
-                as_long = f"control, {factor * int(streams.removeprefix('P=')):g} × tokens"
+            for name, run in streamed.items():
+                if run.streams.streams != p or run.control is None:
+                    continue
+                by_factor[run.at] = name, run.control.name
+                gain = paired(of, name, run.control.name)
+                as_long = f"control, {run.at * p:g} × tokens"
                 table.append(
                     {
                         "text": corpus,
@@ -51,12 +55,12 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                         "over one stream on P times the tokens": str(paired(of, name, as_long)),
                     }
                 )
-                curves.setdefault(f"{corpus}, {streams}", []).append((float(np.log2(factor)), gain.mean))
+                curves.setdefault(f"{corpus}, P={p}", []).append((float(np.log2(run.at)), gain.mean))
             if len(by_factor) == 1:
                 continue
             change = growth(of, by_factor[min(by_factor)], by_factor[max(by_factor)])
             outcomes.append(change.outcome)
-            said.append(f"{streams} on {corpus}: {change}")
+            said.append(f"P={p} on {corpus}: {change}")
     reason = "Gain at the most tokens less that at the fewest: " + "; ".join(said) + "."
     axes = ("log2 of the tokens over the scale's", "gain over the control (nats)")
     return Verdict(outcomes, reason, table, curves, axes)

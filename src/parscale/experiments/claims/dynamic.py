@@ -6,7 +6,7 @@ from typing import Any
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import SLOW, Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, mean_loss, names, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, mean_loss, paired, runs_of
 from parscale.train.config import Balance
 
 MANY = 4
@@ -35,6 +35,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         of_baseline = scale.run("control, prefix alone", corpus, scale.prefix(1))  # so that these are not run again
         found += against(of_baseline, few)
         place: dict[str, Any] = {"stage": "frozen", "start": scale.base(corpus)}
+        place["place"] = ADAPTER
         adapters = [scale.run(f"{ADAPTER} P={p}", corpus, scale.lora(p), **place) for p in scale.streams]
         found += against(scale.run(f"control, {ADAPTER}", corpus, scale.prefix(1), **place), adapters)
     return found
@@ -44,7 +45,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     """The claim holds where two of four streams are not worse than one stream trained alone."""
     table, outcomes, said, curves = [], [], [], {}
     for corpus, of in by_corpus(rows).items():
-        checkpoints = [name for name in names(of) if not name.startswith(("control", ADAPTER))]
+        streamed = {name: run for name, run in runs_of(of).items() if run.streams.streams > 1}
+        checkpoints = [name for name, run in streamed.items() if run.place != ADAPTER]
         if not checkpoints:
             continue
         for name in checkpoints:
@@ -61,7 +63,7 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         }
         said += [f"{name}, run at p=2, over one stream trained alone, on {corpus}: {at_2s[name]}" for name in at_2s]
         outcomes.append(next((at_2s[n].outcome for n in TRAINED_FOR_IT if at_2s[n].seeds), "not run"))
-        for name in (name for name in names(of) if name.startswith(ADAPTER)):
+        for name in (name for name, run in streamed.items() if run.place == ADAPTER):
             said.append(
                 f"{name} over one stream's on the same frozen backbone, on {corpus}: "
                 f"{paired(of, name, f'control, {ADAPTER}')}"

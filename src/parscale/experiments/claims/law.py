@@ -41,14 +41,17 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
             for p in streams:
                 found.append(scale.run(f"{size}, P={p}", corpus, make(p), **more, **({} if paper else remedy(p))))
                 if p >= MANY and not paper:
-                    evenly.append(scale.run(f"{size}, P={p}, {EVENLY}", corpus, make(p), **more, **EVEN))
+                    evenly.append(
+                        scale.run(f"{size}, P={p}, {EVENLY}", corpus, make(p), **more, **EVEN, variant=EVENLY)
+                    )
             if size != scale.model and not paper:
                 found += _by_width(scale, size, corpus, streams)
     return found + evenly
 
 
 def _by_width(scale: Scale, size: str, corpus: str, streams: Sequence[int]) -> list[Run]:
-    more: Any = {"model": size, "stream_learning_rate": scale.by_width(scale.stream_learning_rate, size)}
+    rate = scale.by_width(scale.stream_learning_rate, size)
+    more: Any = {"model": size, "stream_learning_rate": rate, "variant": BY_WIDTH}
     streamed = [scale.run(f"{size}, P={p}, {BY_WIDTH}", corpus, scale.lora(p), **more, **remedy(p)) for p in streams]
     return against(scale.run(f"{size}, P=1, {BY_WIDTH}", corpus, scale.prefix(1), **more), streamed)
 
@@ -111,12 +114,13 @@ def verdict(rows: Sequence[Row]) -> Verdict:
 def by_remedy(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The runs as they come; those where many streams have a load balance, with the few streams beside them; and those
     with a rate for each width, with the scale's own width beside them."""
-    rest = [row for row in rows if not row["name"].endswith((EVENLY, BY_WIDTH))]
+    of = {variant: [row for row in rows if row["of"].variant == variant] for variant in ("", EVENLY, BY_WIDTH)}
+    rest = of[""]
     found = {"": rest} if rest else {}
-    if even := [row for row in rows if row["name"].endswith(EVENLY)]:
+    if even := of[EVENLY]:
         sizes = {_size(row) for row in even}
         found[EVENLY] = [row for row in rest if row["streams"] < MANY and _size(row) in sizes] + even
-    if by_width := [row for row in rows if row["name"].endswith(BY_WIDTH)]:
+    if by_width := of[BY_WIDTH]:
         found[BY_WIDTH] = [row for row in rest if _size(row) == SCALES[row["scale"]].model] + by_width
     return found
 
@@ -136,7 +140,7 @@ def law_runs(rows: Sequence[Row], own: bool = False) -> list[dict[str, Any]]:
 
 
 def _size(row: Row) -> str:
-    return row["name"].split(",")[0]
+    return row["of"].model
 
 
 def _largest_gain(law: Law, k: float) -> float:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from parscale.config import StreamsConfig
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import SLOW, Run, Scale, against
 from parscale.experiments.verdicts import (
@@ -15,9 +14,9 @@ from parscale.experiments.verdicts import (
     keeps,
     losses_of,
     mean_loss,
-    names,
     outcome_of_share,
     paired,
+    runs_of,
 )
 
 P = 4
@@ -36,11 +35,18 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         frozen: dict[str, Any] = {"stage": "frozen", "start": scale.base(corpus)}
         for place, more, head in (("from scratch", {}, SLOW), ("frozen", frozen, {})):
             streamed = [
-                scale.run(f"{place}, {name}", corpus, scale.lora(P, **way), **more, **head)
+                scale.run(f"{place}, {name}", corpus, scale.lora(P, **way), **more, **head, place=place, variant=name)
                 for name, way in _ways(scale).items()
             ]
             alike = [
-                scale.run(f"{place}, {ALIKE} {name}", corpus, scale.lora(1, lora_rank=P * rank), **more)
+                scale.run(
+                    f"{place}, {ALIKE} {name}",
+                    corpus,
+                    scale.lora(1, lora_rank=P * rank),
+                    **more,
+                    place=place,
+                    variant=f"{ALIKE} {name}",
+                )
                 for name, rank in {WHOLE: scale.lora_rank, LESS: scale.lora_rank // FACTOR}.items()
                 if rank > 0 and place == "frozen"
             ]
@@ -60,11 +66,12 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     """Supported where the scale's rank keeps 80 % of the gain of four times it. The others are told."""
     table, outcomes, said, curves = [], [], [], {}
     for corpus, of in by_corpus(rows).items():
-        for name in (name for name in names(of) if not name.endswith("control")):
-            place, way = name.split(", ", 1)
+        for name, run in runs_of(of).items():
+            if not run.variant:
+                continue
+            place, streams = run.place, run.streams
             control, seen = f"{place}, control", list(by_seed(of, name).values())
-            gain, over = paired(of, name, control), paired(of, name, f"{place}, {ALIKE} {way}")
-            streams = StreamsConfig(**seen[0]["run"]["streams"])
+            gain, over = paired(of, name, control), paired(of, name, f"{place}, {ALIKE} {run.variant}")
             table.append(
                 {
                     "text": corpus,

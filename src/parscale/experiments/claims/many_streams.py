@@ -11,9 +11,9 @@ from parscale.experiments.verdicts import (
     by_corpus,
     gain_points,
     growth,
-    names,
     over_control,
     paired,
+    runs_of,
 )
 
 COUNTS = (2, 4, 8, 16, 32)
@@ -31,7 +31,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 def verdict(rows: Sequence[Row]) -> Verdict:
     outcomes, said = [], []
     for corpus, of in by_corpus(rows).items():
-        counts = sorted(int(name[2:]) for name in names(of) if name.startswith("P="))
+        counts = sorted(p for run in runs_of(of).values() if (p := run.streams.streams) > 1)
         for fewer, more in pairwise(counts):
             step = paired(of, f"P={more}", f"P={fewer}")
             said.append(f"{fewer} → {more} on {corpus}: {step}")
@@ -41,7 +41,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         if len(doublings) > 1:
             said.append(f"the last less the first on {corpus}: {growth(of, doublings[0], doublings[-1])}")
     reason = "Gain of each doubling: " + "; ".join(said) + "."
-    places = {name: ("prefix+lora", float(name[2:])) for name in names(rows) if name.startswith("P=")}
+    streamed = {name: run.streams.streams for name, run in runs_of(rows).items() if run.streams.streams > 1}
+    places = {name: ("prefix+lora", float(p)) for name, p in streamed.items()}
     axes = ("P", "gain over the control (nats)")
     return Verdict(outcomes or ["undecided"], reason, over_control(rows), gain_points(rows, places), axes)
 

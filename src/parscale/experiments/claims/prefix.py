@@ -12,13 +12,12 @@ import numpy as np
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against, remedy
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, gain_of, names, paired, streams_of
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, by_seed, gain_of, paired, runs_of, streams_of
 
 LENGTHS = (1, 3, 6, 12, 24, 48, 96)
 STARTS = ("near_identity", "orthogonal", "text", "reparameterized")
 SPREADS = (0.1, 3.0)
 """Of the start, times that of the layer's own keys and values."""
-_LENGTHS = [f"n={n}" for n in LENGTHS]
 P = 4
 FAR = "n=48, long context"
 FROM_SCRATCH = "from scratch, "
@@ -39,7 +38,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
         common = {"stage": "retrofit", "start": scale.base(corpus)}
         for n in lengths:
             beside_lora = scale.name != "smoke" and f"n={n}" == PLAIN_START
-            found += _measured(scale, f"n={n}", corpus, {"prefix_tokens": n}, common, beside_lora)
+            found += _measured(scale, f"n={n}", corpus, {"prefix_tokens": n}, common, beside_lora, at=n)
         if scale.name not in ("smoke", "paper"):
             longer = {"block_size": LONG * scale.block_size, "batch_size": max(1, scale.batch_size // LONG)}
             of_long = {"stage": "retrofit", "start": scale.base(corpus, **longer), **longer}
@@ -58,27 +57,30 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 
 
 def _measured(
-    scale: Scale, name: str, corpus: str, start: dict[str, Any], common: dict[str, Any], beside_lora: bool = True
+    scale: Scale,
+    name: str,
+    corpus: str,
+    start: dict[str, Any],
+    common: dict[str, Any],
+    beside_lora: bool = True,
+    at: float = 0.0,
 ) -> list[Run]:
-    """P streams with such a prefix, alone and beside a LoRA each, and the one stream that both are held against."""
+    """P streams with such a prefix, alone and beside a LoRA each, and the one stream that both are held against. `at`
+    puts the streams with a prefix alone on the curve."""
     control = scale.run(f"control, {name}", corpus, scale.prefix(1, **start), **common)
-    alone = scale.run(name, corpus, scale.prefix(P, **start), **common)
+    alone = scale.run(name, corpus, scale.prefix(P, **start), **common, at=float(at))
     slow_head = {} if "stage" in common else remedy(P)
     with_lora = scale.run(name + WITH_LORA, corpus, scale.lora(P, **start), **common, **slow_head)
     return against(control, [alone, with_lora] if beside_lora else [alone])
 
 
-def _control(name: str) -> str:
-    return f"control, {name.removesuffix(WITH_LORA)}"
-
-
 def verdict(rows: Sequence[Row]) -> Verdict:
     table, outcomes, said, curves = [], [], [], {}
     for corpus, of in by_corpus(rows).items():
-        streamed = [name for name in names(of) if not name.startswith("control")]
-        for name in streamed:
+        streamed = {name: run for name, run in runs_of(of).items() if run.control is not None}
+        for name, run in streamed.items():
             seen = list(by_seed(of, name).values())
-            gain = paired(of, name, _control(name))
+            gain = paired(of, name, run.control.name if run.control else "")
             bands = [statistics.mean(_share(row, i) for row in seen) for i in (0, -1)]
             over_even = [statistics.mean(_share(row, i) / _even(row, i) for row in seen) for i in (0, -1)]
             rho = [row["measured"]["rho_by_position"] for row in seen if row["measured"]["rho_by_position"]]
@@ -97,8 +99,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "gain, last eighth": _gain_at(of, name, -1),
                 }
             )
-            if name in _LENGTHS and gain.seeds:
-                curves.setdefault(corpus, []).append((float(name[2:]), gain.mean))
+            if run.at and gain.seeds:
+                curves.setdefault(corpus, []).append((run.at, gain.mean))
         for name in (name for name in streamed if name in (*DECIDING, FAR)):
             seen = by_seed(of, name).values()
             fade = gain_of(

@@ -13,10 +13,10 @@ from parscale.experiments.verdicts import (
     keeps,
     losses_of,
     mean_loss,
-    names,
     outcome_of_share,
     over_another,
     paired,
+    runs_of,
 )
 
 P = 4
@@ -24,9 +24,10 @@ HEADS = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Shares of the backbone's rate."""
 STREAMS = (0.25, 0.5, 2.0)
 """Shares of the scale's own rate, which the runs of the head have."""
+HEAD, STREAMS_RATE, PREFIX_ALONE = "head", "streams", "stage 2, prefix alone"
+"""Whose rate it is that runs differ in."""
 CHOSEN = "head at 0.1"
 CONTROL = "control"
-PREFIX_ALONE = "stage 2, prefix alone at "
 NEAR = ("head at 0.03", "head at 0.3", "streams at 0.5", "streams at 2")
 """Within a factor of three of what runs from scratch have."""
 KEPT = 0.5
@@ -37,12 +38,17 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     heads, factors = (HEADS, STREAMS) if scale.name != "smoke" else ((0.1, 1.0), (2.0,))
     found = []
     for corpus in corpora:
-        ways = [scale.run(f"head at {rate:g}", corpus, scale.lora(P), head_rate=rate) for rate in heads]
+        ways = [
+            scale.run(f"{HEAD} at {rate:g}", corpus, scale.lora(P), head_rate=rate, variant=HEAD, at=rate)
+            for rate in heads
+        ]
         found += against(scale.run(CONTROL, corpus, scale.prefix(1)), ways)
         for factor in factors:
             rate = {"stream_learning_rate": factor * scale.stream_learning_rate}
-            control = scale.run(f"control, streams at {factor:g}", corpus, scale.prefix(1), **rate)
-            found += against(control, [scale.run(f"streams at {factor:g}", corpus, scale.lora(P), **SLOW, **rate)])
+            name = f"{STREAMS_RATE} at {factor:g}"
+            control = scale.run(f"control, {name}", corpus, scale.prefix(1), **rate)
+            rate |= {"variant": STREAMS_RATE, "at": factor}
+            found += against(control, [scale.run(name, corpus, scale.lora(P), **SLOW, **rate)])
         if scale.name not in ("smoke", "paper"):
             found += _prefix_alone(scale, corpus)
     return found
@@ -57,8 +63,10 @@ def _prefix_alone(scale: Scale, corpus: str) -> list[Run]:
             "start": scale.base(corpus),
             "stream_learning_rate": factor * scale.stream_learning_rate,
         }
-        control = scale.run(f"control, {PREFIX_ALONE}{factor:g}", corpus, scale.prefix(1), **common)
-        found += against(control, [scale.run(f"{PREFIX_ALONE}{factor:g}", corpus, scale.prefix(P), **common)])
+        name = f"{PREFIX_ALONE} at {factor:g}"
+        control = scale.run(f"control, {name}", corpus, scale.prefix(1), **common)
+        streamed = scale.run(name, corpus, scale.prefix(P), variant=PREFIX_ALONE, at=factor, **common)
+        found += against(control, [streamed])
     return found
 
 
@@ -68,8 +76,10 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     for corpus, of in by_corpus(rows).items():
         whole = paired(of, CHOSEN, CONTROL)
         said.append(f"on {corpus} {CHOSEN}, streams at 1 {whole}")
-        for name in (name for name in names(of) if not name.startswith(CONTROL)):
-            control = CONTROL if name.startswith("head") else f"control, {name}"
+        for name, run in runs_of(of).items():
+            if run.control is None:
+                continue
+            control = run.control.name
             gain, seen = paired(of, name, control), list(by_seed(of, name).values())
             table.append(
                 {
@@ -84,10 +94,9 @@ def verdict(rows: Sequence[Row]) -> Verdict:
             )
             if gain.seeds == 0:
                 continue
-            what, share = name.split(" at ")
-            curves.setdefault(f"{corpus}, {what}", []).append((float(share), gain.mean))
+            curves.setdefault(f"{corpus}, {run.variant}", []).append((run.at, gain.mean))
             if name == CHOSEN:
-                curves.setdefault(f"{corpus}, streams", []).append((1.0, gain.mean))
+                curves.setdefault(f"{corpus}, {STREAMS_RATE}", []).append((1.0, gain.mean))
             if name in NEAR:
                 ran, of_ran, best, of_best = losses_of(of, name, control, CHOSEN, CONTROL)
                 level = over_another(ran, of_ran, of_best)

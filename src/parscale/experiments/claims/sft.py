@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, names, over_control, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, over_control, paired, runs_of
 
 
 def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
@@ -28,7 +28,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
 def verdict(rows: Sequence[Row]) -> Verdict:
     outcomes, said = [], []
     for corpus, of in by_corpus(rows).items():
-        for name in (name for name in names(of) if name.startswith("P=")):
+        for name in (name for name, run in runs_of(of).items() if run.control is not None):
             gain = paired(of, name, "control")
             outcomes.append(gain.outcome)
             said.append(f"{name} on {corpus}: {gain}")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from parscale.config import StreamsConfig
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import EVEN, SLOW, Run, Scale, against, remedy
 from parscale.experiments.verdicts import (
@@ -15,9 +16,9 @@ from parscale.experiments.verdicts import (
     keeps,
     losses_of,
     mean_loss,
-    names,
     outcome_of_share,
     paired,
+    runs_of,
 )
 from parscale.train.config import Stage
 
@@ -28,7 +29,7 @@ DECIDING = (4, 8)
 SECOND: tuple[Stage, ...] = ("retrofit", "frozen")
 P_ELSEWHERE = 4
 SIZES = 4
-EQUAL = f"P=1, LoRA of {P_ELSEWHERE} streams"
+AS_MANY = f"LoRA of {P_ELSEWHERE} streams"
 """One stream with the LoRA parameters of so many: what of their gain is no more than these?"""
 
 
@@ -62,15 +63,17 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     table, outcomes, said, curves = [], [], [], {}
     points: dict[str, dict[str, tuple[str, float]]] = {}
     for corpus, of in by_corpus(rows).items():
-        have = names(of)
-        for name in (name for name in have if not name.endswith("control")):
-            place, streams, keys = name.split(", ", 2)
-            control, own = f"{place}, control", f"{place}, {streams}, {keys.replace('shared', 'own')}"
+        have = runs_of(of)
+        for name, run in have.items():
+            if run.control is None and run.variant != AS_MANY:
+                continue
+            place, p, keys = run.place, run.streams.streams, run.streams.kv
+            control, own = f"{place}, control", _named(place, p, "own", run.variant)
             if own not in have:  # what only shared keys can have stands beside own ones as they come
-                own = f"{place}, {streams}, own"
+                own = _named(place, p, "own")
             losses = losses_of(of, name, own, control)
             kept, seen = _kept(*losses), list(by_seed(of, name).values())
-            over_equal = paired(of, name, f"{place}, {EQUAL}") if streams == f"P={P_ELSEWHERE}" else None
+            over_equal = paired(of, name, _equal_named(place)) if p == P_ELSEWHERE else None
             table.append(
                 {
                     "text": corpus,
@@ -81,16 +84,17 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                     "over as many LoRA parameters": str(over_equal) if over_equal and over_equal.seeds else "",
                     "of the own gain": "" if name == own or kept is None else f"{kept:.0%}",
                 }
-                | (imbalance(seen) if streams != "P=1" else {})
+                | (imbalance(seen) if p > 1 else {})
             )
-            if streams == "P=1":
+            if p == 1:
                 continue
-            points.setdefault(place, {})[name] = (f"{place}, {keys}", float(streams.removeprefix("P=")))
-            if keys == "shared" and int(streams.removeprefix("P=")) in DECIDING:
+            label = f"{keys}, {run.variant}" if run.variant else keys
+            points.setdefault(place, {})[name] = (f"{place}, {label}", float(p))
+            if keys == "shared" and not run.variant and p in DECIDING:
                 over = keeps(KEPT, *losses)
                 outcomes.append(outcome_of_share(over, paired(of, own, control)))
                 told = "not run" if not over.seeds else "no gain to keep" if kept is None else f"{kept:.0%} kept"
-                said.append(f"{place}, {streams} on {corpus}: {told}; gain less {KEPT:.0%} of the own gain {over}")
+                said.append(f"{place}, P={p} on {corpus}: {told}; gain less {KEPT:.0%} of the own gain {over}")
     for place, of_place in points.items():
         curves |= gain_points(rows, of_place, f"{place}, control")
     reason = "; ".join(said) or "No run with shared keys at P = 4 or 8"
@@ -115,13 +119,22 @@ def _both(scale: Scale, place: str, corpus: str, counts: Sequence[int], other: s
         more = changes | ({} if other or "stage" in changes else remedy(p))
         for kv in KV:
             streams = scale.lora(p, kv=kv)
-            name = f"{place}, P={p}, {kv}" + (f", {other}" if other else "")
-            found.append(scale.run(name, corpus, streams, **more))
+            name = _named(place, p, kv, other)
+            found.append(scale.run(name, corpus, streams, place=place, variant=other, **more))
     return found
 
 
 def _equal(scale: Scale, place: str, corpus: str, **changes: Any) -> Run:
-    return scale.run(f"{place}, {EQUAL}", corpus, scale.lora(1, lora_rank=P_ELSEWHERE * scale.lora_rank), **changes)
+    as_many = scale.lora(1, lora_rank=P_ELSEWHERE * scale.lora_rank)
+    return scale.run(_equal_named(place), corpus, as_many, place=place, variant=AS_MANY, **changes)
+
+
+def _named(place: str, streams: int, kv: str, variant: str = "") -> str:
+    return f"{place}, P={streams}, {kv}" + (f", {variant}" if variant else "")
+
+
+def _equal_named(place: str) -> str:
+    return f"{place}, P=1, {AS_MANY}"
 
 
 def _variants(scale: Scale, corpus: str) -> list[Run]:
@@ -134,9 +147,8 @@ def _variants(scale: Scale, corpus: str) -> list[Run]:
         "plain first": {"plain_first": True},
         "plain first, no prefix": bare | {"plain_first": True},
     }
-    place = f"pretrain, P={P_ELSEWHERE}"
     found = [
-        scale.run(f"{place}, shared, {name}", corpus, scale.lora(P_ELSEWHERE, kv="shared", **changes), **SLOW)
+        _variant(scale, corpus, name, scale.lora(P_ELSEWHERE, kv="shared", **changes))
         for name, changes in variants.items()
     ]
     ways: dict[str, Any] = {
@@ -146,9 +158,13 @@ def _variants(scale: Scale, corpus: str) -> list[Run]:
     }
     for name, diversify in ways.items():
         for kv in KV:
-            streams = scale.prefix(P_ELSEWHERE, diversify=diversify, kv=kv)
-            found.append(scale.run(f"{place}, {kv}, {name}", corpus, streams, **SLOW))
+            found.append(_variant(scale, corpus, name, scale.prefix(P_ELSEWHERE, diversify=diversify, kv=kv)))
     return found + _both(scale, "pretrain", corpus, (P_ELSEWHERE,), "no remedy")
+
+
+def _variant(scale: Scale, corpus: str, name: str, streams: StreamsConfig) -> Run:
+    named = _named("pretrain", P_ELSEWHERE, streams.kv, name)
+    return scale.run(named, corpus, streams, place="pretrain", variant=name, **SLOW)
 
 
 def _kept(shared: Sequence[float], own: Sequence[float], control: Sequence[float]) -> float | None:

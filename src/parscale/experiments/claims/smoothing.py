@@ -15,8 +15,8 @@ from parscale.experiments.verdicts import (
     imbalance,
     largest_given,
     mean_loss,
-    names,
     paired,
+    runs_of,
 )
 from parscale.probe import MONOCULTURE_WEIGHT
 
@@ -30,7 +30,7 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     found = []
     for corpus in corpora:
         streamed = [
-            scale.run(f"P={p}, ε={epsilon:g}", corpus, scale.prefix(p, smoothing=epsilon), tokens=tokens)
+            scale.run(_named(p, epsilon), corpus, scale.prefix(p, smoothing=epsilon), tokens=tokens)
             for p in scale.streams[:2]
             for epsilon in epsilons
         ]
@@ -42,9 +42,9 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     """Both halves of the claim are judged at each P and text."""
     table, outcomes, said, curves = [], [], [], {}
     for corpus, of in by_corpus(rows).items():
-        for name in (name for name in names(of) if "ε=" in name):
+        streamed = {name: run.streams for name, run in runs_of(of).items() if run.streams.streams > 1}
+        for name, streams in streamed.items():
             seen = list(by_seed(of, name).values())
-            streams, epsilon = name.split(", ε=")
             table.append(
                 {
                     "text": corpus,
@@ -56,16 +56,16 @@ def verdict(rows: Sequence[Row]) -> Verdict:
                 | {"largest that the head gives": statistics.mean(largest_given(row) for row in seen)}
                 | {"skipped steps": sum(row["skipped_steps"] for row in seen)}
             )
-            curves.setdefault(f"{corpus}, {streams}", []).append(
-                (float(epsilon), table[-1]["largest that the head gives"])
+            curves.setdefault(f"{corpus}, P={streams.streams}", []).append(
+                (float(streams.smoothing), table[-1]["largest that the head gives"])
             )
-        for streams in dict.fromkeys(name.split(",")[0] for name in names(of) if "ε=" in name):
-            gain = paired(of, f"{streams}, ε=0.1", f"{streams}, ε=0")
-            even = paired(of, f"{streams}, ε=0.1", f"{streams}, ε=0", largest_given, largest_given)
+        for p in dict.fromkeys(streams.streams for streams in streamed.values()):
+            gain = paired(of, _named(p, 0.1), _named(p, 0))
+            even = paired(of, _named(p, 0.1), _named(p, 0), largest_given, largest_given)
             outcomes.append(_both(gain.outcome, even.outcome))
             said.append(
-                f"{streams} on {corpus}: loss {gain}, largest weight that the head gives lower by {even}, "
-                f"{_boundary(of, streams)}"
+                f"P={p} on {corpus}: loss {gain}, largest weight that the head gives lower by {even}, "
+                f"{_boundary([row for row in of if row['of'].streams.streams == p])}"
             )
     reason = "ε = 0.1 against ε = 0: " + "; ".join(said) + "."
     return Verdict(outcomes, reason, table, curves, ("ε", "largest mean weight that the head gives"))
@@ -77,11 +77,13 @@ def _both(loss: Outcome, even: Outcome) -> Outcome:
     return "not supported" if "not supported" in found else combine(list(found))
 
 
-def _boundary(rows: Sequence[Row], streams: str) -> str:
-    """From which ε on no run had a stream with nearly all the weight."""
-    by_epsilon = {
-        float(n.split("ε=")[1]): by_seed(rows, n).values() for n in names(rows) if n.startswith(f"{streams},")
-    }
+def _named(streams: int, epsilon: float) -> str:
+    return f"P={streams}, ε={epsilon:g}"
+
+
+def _boundary(rows: Sequence[Row]) -> str:
+    """From which ε on no run had a stream with nearly all the weight; rows of one P."""
+    by_epsilon = {run.streams.smoothing: by_seed(rows, name).values() for name, run in runs_of(rows).items()}
     even = [not any(largest_given(row) > MONOCULTURE_WEIGHT for row in by_epsilon[e]) for e in sorted(by_epsilon)]
     if not even[-1]:
         return "no ε that was run keeps every seed from a monoculture"

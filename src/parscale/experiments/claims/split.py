@@ -14,14 +14,15 @@ from parscale.experiments.verdicts import (
     keeps,
     losses_of,
     mean_loss,
-    names,
     outcome_of_share,
     over_another,
     over_control,
+    runs_of,
 )
 
 P = 4
 KEPT = 0.953
+COMPUTE, TOKENS = "equal compute", "equal tokens"
 SHARES = (0.1, 0.25, 0.5, 0.75)
 """Of the compute in stage 2."""
 OF_TOKENS = (0.02, 0.1, 0.25)
@@ -35,23 +36,32 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
     for corpus in corpora:
         whole = P * scale.tokens // step
         as_long = scale.run("control, tokens of share 1", corpus, scale.prefix(1))
-        found += against(as_long, [scale.run("share 1", corpus, scale.lora(P), **SLOW)])
+        found += against(as_long, [scale.run("share 1", corpus, scale.lora(P), **SLOW, place=COMPUTE, at=1.0)])
         control = scale.run("control", corpus, scale.prefix(1), tokens=whole * step)
         streamed = []
         for share in SHARES[1:3] if scale.name == "smoke" else SHARES:
             second = max(1, round(share * whole / P))
             base = scale.base(corpus, tokens=(whole - P * second) * step)
             streamed.append(
-                scale.run(f"share {share:g}", corpus, scale.lora(P), tokens=second * step, stage="retrofit", start=base)
+                scale.run(
+                    f"share {share:g}",
+                    corpus,
+                    scale.lora(P),
+                    tokens=second * step,
+                    stage="retrofit",
+                    start=base,
+                    place=COMPUTE,
+                    at=share,
+                )
             )
         found += against(control, streamed)
         for share in OF_TOKENS[-1:] if scale.name == "smoke" else OF_TOKENS:
             second = max(1, round(share * scale.tokens / step))
-            place: Any = {"stage": "retrofit", "tokens": second * step}
+            place: Any = {"stage": "retrofit", "tokens": second * step, "place": TOKENS}
             place["start"] = scale.base(corpus, tokens=scale.tokens - second * step)
             name = f"{share:g} of the tokens"
             control = scale.run(f"control, {name}", corpus, scale.prefix(1), **place)
-            found += against(control, [scale.run(name, corpus, scale.lora(P), **place)])
+            found += against(control, [scale.run(name, corpus, scale.lora(P), **place, at=share)])
     return found
 
 
@@ -60,8 +70,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     over one stream trained alike; equal compute is told beside."""
     outcomes, said, curves = [], [], {}
     for corpus, of in by_corpus(rows).items():
-        for name in sorted((n for n in names(of) if n.startswith("share")), key=lambda n: float(n.split()[1])):
-            curves.setdefault(corpus, []).append((float(name.split()[1]), mean_loss(by_seed(of, name).values())))
+        for name, share in _shares(of, COMPUTE).items():
+            curves.setdefault(corpus, []).append((share, mean_loss(by_seed(of, name).values())))
         shares = [x for x, _ in curves.get(corpus, []) if x < 1]
         if not shares:
             continue
@@ -75,24 +85,25 @@ def verdict(rows: Sequence[Row]) -> Verdict:
         )
     for corpus, of in by_corpus(rows).items():
         whole, of_whole = "share 1", "control, tokens of share 1"
-        for name in sorted((n for n in names(of) if n.endswith("of the tokens") and n[0].isdigit()), key=_share):
+        for name, share in _shares(of, TOKENS).items():
             ours, alone, most, alone_too = losses_of(of, name, f"control, {name}", whole, of_whole)
             kept = keeps(KEPT, over_another(ours, alone, alone_too), most, alone_too)
             gain, gained = gain_of(ours, alone), gain_of(most, alone_too)
             part = "" if not kept.seeds else f" ({gain.mean / gained.mean:.0%} of it)"
             said.append(
-                f"{corpus}, at equal tokens, {_share(name):.0%} of them in stage 2: gain {gain} of {gained} from "
-                f"scratch{part}"
+                f"{corpus}, at equal tokens, {share:.0%} of them in stage 2: gain {gain} of {gained} from scratch{part}"
             )
-            if _share(name) == OF_TOKENS[0]:
+            if share == OF_TOKENS[0]:
                 outcomes.append(outcome_of_share(kept, gained))
     axes = ("share of the compute in stage 2", "loss (nats)")
     reason = "Over one stream with the same compute, or the same tokens. " + "; ".join(said) + "."
     return Verdict(outcomes, reason, over_control(rows), curves, axes)
 
 
-def _share(name: str) -> float:
-    return float(name.split()[0])
+def _shares(rows: Sequence[Row], place: str) -> dict[str, float]:
+    """The runs with streams of a place, by their share in stage 2, ascending."""
+    found = {name: run.at for name, run in runs_of(rows).items() if run.place == place and run.streams.streams > 1}
+    return dict(sorted(found.items(), key=lambda entry: entry[1]))
 
 
 CLAIM = Claim(

@@ -4,13 +4,14 @@ On the same tokens a wide model gains less than a narrow one (claim `law`): is t
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from parscale.experiments.claim import Claim
 from parscale.experiments.runs import Run, Scale, against, remedy
 from parscale.experiments.shapes import layers_and_width
-from parscale.experiments.verdicts import Row, Verdict, by_corpus, growth, names, over_control, paired
+from parscale.experiments.verdicts import Row, Verdict, by_corpus, growth, over_control, paired, runs_of
 
 P = 4
 _SIZED = " × size and tokens"
@@ -26,8 +27,9 @@ def runs(scale: Scale, corpora: Sequence[str]) -> list[Run]:
             factor = _weights(size) / _weights(scale.model)
             tokens = max(2, round(factor * scale.tokens / step)) * step
             sized = f"{factor:.3g}{_SIZED}"
-            control = scale.run(f"control, {sized}", corpus, scale.prefix(1), model=size, tokens=tokens)
-            streams = scale.run(f"P={P}, {sized}", corpus, scale.lora(P), model=size, tokens=tokens, **remedy(P))
+            place: Any = {"model": size, "tokens": tokens, "at": float(f"{factor:.3g}")}
+            control = scale.run(f"control, {sized}", corpus, scale.prefix(1), **place)
+            streams = scale.run(f"P={P}, {sized}", corpus, scale.lora(P), **place, **remedy(P))
             found += against(control, [streams])
     return found
 
@@ -36,16 +38,16 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     """Supported where streams gain at every size; by how much more or less at the largest is told beside."""
     table, outcomes, said, curves = [], [], [], {}
     for corpus, of in by_corpus(rows).items():
-        sizes = sorted((float(name.removeprefix("control, ").removesuffix(_SIZED)), name) for name in _controls(of))
+        sizes = sorted({(run.at, name) for name, run in runs_of(of).items() if run.control is None})
         for factor, control in sizes:
-            streams = control.replace("control", f"P={P}")
+            streams = _streamed(factor)
             table += over_control([row for row in of if row["name"] in (control, streams)], control)
             gain = paired(of, streams, control)
             outcomes.append(gain.outcome)
             said.append(f"{factor:g}{_SIZED} on {corpus}: {gain}")
             if gain.seeds:
                 curves.setdefault(corpus, []).append((float(np.log2(factor)), gain.mean))
-        smallest, largest = ((control.replace("control", f"P={P}"), control) for _, control in (sizes[0], sizes[-1]))
+        smallest, largest = ((_streamed(factor), control) for factor, control in (sizes[0], sizes[-1]))
         said.append(f"the largest model's gain less the smallest one's on {corpus}: {growth(of, smallest, largest)}")
     axes = ("log2 of size and tokens over the scale's", "gain over the control (nats)")
     return Verdict(outcomes, "; ".join(said) + ".", table, curves, axes)
@@ -58,8 +60,8 @@ def _weights(model: str) -> int:
     return shape[0] * shape[1] ** 2
 
 
-def _controls(rows: Sequence[Row]) -> list[str]:
-    return [name for name in names(rows) if name.startswith("control")]
+def _streamed(factor: float) -> str:
+    return f"P={P}, {factor:.3g}{_SIZED}"
 
 
 CLAIM = Claim(
