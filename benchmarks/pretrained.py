@@ -153,10 +153,8 @@ class Training:
         begun = time.perf_counter()
         for group, rate in zip(self.optimizer.param_groups, self.peak, strict=True):
             group["lr"] = rate * rate_at(self.state["step"], steps)
-        streams = self.model.base_model.stream_state
-        streams.observer = self._observe if self.run.load_balance else None
-        loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
-        streams.observer = None
+        with self.model.base_model.stream_state.using(observer=self._observe if self.run.load_balance else None):
+            loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
         self.state["train"].append(round(loss.item(), 4))
         (loss + self.seen.pop() if self.seen else loss).backward()
         torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
