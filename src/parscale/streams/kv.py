@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from parscale.errors import InputError
+from parscale.streams import around
 from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import Tail, duplicate, first_stream, repeat_at
 from parscale.streams.state import Run
@@ -86,8 +87,7 @@ def attach(model: Any, attention: list[str]) -> None:
         hooks.append(module.register_forward_pre_hook(_write_first_stream, with_kwargs=True))
         for projection in (child for leaf, child in module.named_children() if leaf in KEYS_AND_VALUES):
             projection.stream_state = backbone.stream_state
-            hooks.append(projection.register_forward_pre_hook(_take_first_stream, prepend=True))
-            hooks.append(projection.register_forward_hook(_give_to_all))
+            around.add(projection, "kv", _take_first_stream, _give_to_all)
     backbone.stream_kv_hooks = hooks
 
 
@@ -95,6 +95,8 @@ def detach(model: Any) -> None:
     """Undo `attach`; nothing happens where nothing is attached."""
     for hook in vars(model.base_model).pop("stream_kv_hooks", []):
         hook.remove()
+    for module in model.base_model.modules():
+        around.remove(module, "kv")
 
 
 def run_prompt_by_first_stream(model: Any, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -233,9 +235,9 @@ def _write_first_stream(module: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return args, {k: instead_of(x) if isinstance(x, Cache) else x for k, x in kwargs.items()}
 
 
-def _take_first_stream(module: Any, args: tuple[Tensor, ...]) -> Any:
+def _take_first_stream(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     run = module.stream_state.run
-    return (first_stream(args[0], run.n_local), *args[1:]) if run.streams > 1 else None
+    return (first_stream(args[0], run.n_local), *args[1:]) if run.streams > 1 else args
 
 
 def _give_to_all(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:

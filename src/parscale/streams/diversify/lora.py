@@ -16,6 +16,7 @@ from transformers import initialization
 
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
+from parscale.streams import around
 from parscale.streams.diversify import projections
 from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import split
@@ -40,7 +41,7 @@ def check(model: Any, calibration: Calibration, config: StreamsConfig) -> None:
 
 
 def attach(model: Any, state: StreamState) -> None:
-    """Give every projection its factors, uninitialised, and the hook that uses them."""
+    """Give every projection its factors, uninitialised, and use them."""
     rank = state.config.lora_rank
     for name, projection in _targets(model, state.config).items():
         streams = streams_at(name, state.config)
@@ -50,7 +51,7 @@ def attach(model: Any, state: StreamState) -> None:
         projection.stream_state = state
         projection.stream_lora_a = nn.Parameter(torch.empty(streams, size_in, rank, **place))
         projection.stream_lora_b = nn.Parameter(torch.empty(streams, rank, size_out, **place))
-        projection.stream_lora_hook = projection.register_forward_hook(_use_update)
+        around.add(projection, "lora", after=_use_update)
 
 
 def streams_at(name: str, config: StreamsConfig) -> int:
@@ -60,11 +61,11 @@ def streams_at(name: str, config: StreamsConfig) -> int:
 
 
 def detach(model: Any) -> None:
-    """Take the factors and the hooks away."""
+    """Take the factors away."""
     for module in model.base_model.modules():
         if hasattr(module, "stream_lora_a"):
-            module.stream_lora_hook.remove()
-            del module.stream_lora_a, module.stream_lora_b, module.stream_lora_hook
+            around.remove(module, "lora")
+            del module.stream_lora_a, module.stream_lora_b
 
 
 @torch.no_grad()

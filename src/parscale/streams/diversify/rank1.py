@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from parscale.config import StreamsConfig
+from parscale.streams import around
 from parscale.streams.diversify import projections
 from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import split
@@ -34,26 +35,22 @@ def check(model: Any, calibration: Calibration, config: StreamsConfig) -> None:
 
 
 def attach(model: Any, state: StreamState) -> None:
-    """Give every projection its scales, uninitialised, and the hooks that use them."""
+    """Give every projection its scales, uninitialised, and use them."""
     for name, projection in projections.find(model).items():
         streams = projections.streams_at(name, state.config)
         (size_in, size_out), place = projections.sizes(projection), projections.place_of(projection, model)
         projection.stream_state = state
         projection.stream_scale_in = nn.Parameter(torch.empty(streams, size_in, **place))
         projection.stream_scale_out = nn.Parameter(torch.empty(streams, size_out, **place))
-        projection.stream_scale_hooks = (
-            projection.register_forward_pre_hook(_scale_input),
-            projection.register_forward_hook(_scale_output),
-        )
+        around.add(projection, "rank1", _scale_input, _scale_output)
 
 
 def detach(model: Any) -> None:
-    """Take the scales and the hooks away."""
+    """Take the scales away."""
     for module in model.base_model.modules():
         if hasattr(module, "stream_scale_in"):
-            for hook in module.stream_scale_hooks:
-                hook.remove()
-            del module.stream_scale_in, module.stream_scale_out, module.stream_scale_hooks
+            around.remove(module, "rank1")
+            del module.stream_scale_in, module.stream_scale_out
 
 
 @torch.no_grad()
