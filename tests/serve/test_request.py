@@ -1,15 +1,14 @@
 """Requests before an engine sees them: what reading one costs, and what a chat's template is given."""
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from parscale.serve.limits import Limits
-from parscale.serve.prompt import choices_of, prompts_of
+from parscale.serve.prompt import choices_of
 from parscale.serve.schema import ChatRequest, Refusal, TextRequest, read_request
+from parscale.serve.tokenizer_child import tokenize
 from tests.serve.processes import byte_tokenizer
 
 KNOWS = (
@@ -74,8 +73,8 @@ def test_how_many_answers_are_wanted(prompt: Any, prompts: int) -> None:
 def chat(template: str) -> str:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    engine: Any = SimpleNamespace(tokenizer=tokenizer, limits=Limits(), context=500, vocabulary=258)
-    return tokenizer.decode(prompts_of(ask(ChatRequest, CHAT), engine)[0])
+    made = tokenize(tokenizer, {"chat": CHAT["messages"], "most_bytes": 500})
+    return tokenizer.decode(made["tokens"][0])
 
 
 def test_a_template_without_developers_gets_a_system_message() -> None:

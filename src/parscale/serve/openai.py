@@ -13,16 +13,20 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from parscale.errors import InputError
 from parscale.serve.answer import Answer
+from parscale.serve.body import Bodies, BoundedBody
+from parscale.serve.connection import READ, PacedHTTP
 from parscale.serve.engine import Engine, EngineDead
 from parscale.serve.metrics import Metrics
-from parscale.serve.prompt import choices_of, new_tokens, prompts_of, samplings_of
-from parscale.serve.schema import ChatRequest, CompletionOptions, Refusal, TextRequest, read_request
+from parscale.serve.prompt import check_size, choices_of, new_tokens, prompts_of, samplings_of
+from parscale.serve.schema import ChatRequest, CompletionOptions, Kind, Refusal, TextRequest, read_request
+from parscale.serve.tokenizing import TokenizerGone, Tokenizing
 from parscale.serve.wire import ChatWire, TextWire, Wire, error_object
 
 Value = TypeVar("Value")
@@ -30,6 +34,7 @@ Value = TypeVar("Value")
 
 def build_app(
     engine: Engine,
+    tokenizing: Tokenizing,
     name: str,
     api_key: str | None = None,
     ready: Callable[[], None] = lambda: None,
@@ -39,21 +44,26 @@ def build_app(
 
     Args:
         engine: open, at least for the p of requests that name none.
+        tokenizing: open, with the model's tokenizer.
         name: of the model; a request that names another gets 404.
         api_key: what clients must send as `Authorization: Bearer ...`, on every route but /health.
         ready: called once requests can be answered.
         hosts: names of this server; a request for another, by its `Host`, gets 400. "*" stands for all.
     """
-    server = _Server(engine, name)
+    server = _Server(engine, tokenizing, name)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         ready()
         yield
 
+    bearer = HTTPBearer(auto_error=False)
+
     async def authorized(request: Request) -> None:
-        sent = request.headers.get("authorization", "").encode("latin-1")
-        if api_key is not None and not hmac.compare_digest(sent, f"Bearer {api_key}".encode()):
+        if api_key is None:
+            return
+        sent = await bearer(request)  # the scheme in any case, as RFC 7235 has it
+        if sent is None or not hmac.compare_digest(sent.credentials.strip().encode("latin-1"), api_key.encode()):
             raise Refusal(401, "the API key is missing or wrong", code="invalid_api_key")
 
     # FastAPI's own pages about the interface would load scripts from elsewhere.
@@ -67,16 +77,17 @@ def build_app(
     guarded.post("/v1/chat/completions")(server.chat)
     guarded.post("/v1/completions")(server.completions)
     app.include_router(guarded)
-    for kind in (Refusal, HTTPException, EngineDead, ClientDisconnect, Exception):
+    for kind in (Refusal, HTTPException, EngineDead, TokenizerGone, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _refused)
-    return server.metrics.counting(app)
+    return server.metrics.counting(BoundedBody(app, engine.limits.max_body_bytes))
 
 
 class _Server:
     """The routes."""
 
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine, self.name = engine, name
+    def __init__(self, engine: Engine, tokenizing: Tokenizing, name: str) -> None:
+        self.engine, self.tokenizing, self.name = engine, tokenizing, name
+        self.bodies = Bodies(engine.limits.max_body_bytes)
         self.metrics = Metrics(engine)
         self.model = {
             "id": name, "object": "model", "created": int(time.time()), "owned_by": "parscale",
@@ -84,7 +95,7 @@ class _Server:
         }  # fmt: skip
 
     async def health(self) -> Response:
-        alive = self.engine.alive
+        alive = self.engine.alive and self.tokenizing.alive
         return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, status_code=200 if alive else 503)
 
     async def metrics_text(self) -> Response:
@@ -104,7 +115,7 @@ class _Server:
         return await self._complete(request, TextRequest, TextWire)
 
     async def _complete(self, request: Request, kind: type[CompletionOptions], wire: type[Wire]) -> Response:
-        asked = read_request(kind, await _body(request, self.engine.limits.max_body_bytes))
+        asked = self._read(kind, await self.bodies.read(request))
         if asked.model:
             self._check_name(asked.model)
         streams = asked.streams or self.engine.streams
@@ -112,7 +123,7 @@ class _Server:
             raise Refusal(400, f"streams={streams}: this model has {self.engine.trained}", field="streams")
         choices = choices_of(asked)
         self._check_places(asked, choices)
-        prompts = await asyncio.to_thread(prompts_of, asked, self.engine)
+        prompts = await prompts_of(asked, self.engine, self.tokenizing)
         await self.engine.manager(streams)
         self._check_places(asked, choices)  # again: others were let in meanwhile
         # From here to the answer's `close` nothing may be awaited outside of the `try` that closes it.
@@ -133,6 +144,14 @@ class _Server:
             return JSONResponse(told.whole(await _unless_gone(request, answer.whole())))
         finally:
             self._end(answer)
+
+    def _read(self, kind: type[Kind], body: bytes) -> Kind:
+        start = time.thread_time()
+        try:
+            return read_request(kind, body, lambda fields: check_size(fields, kind, len(body), self.engine))
+        finally:
+            if len(body) > READ:
+                PacedHTTP.pace.worked(time.thread_time() - start)
 
     def _end(self, answer: Answer) -> None:
         answer.close()
@@ -167,22 +186,6 @@ class _Events(StreamingResponse):
             self.end()
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    # Any page in a browser may send text/plain to this machine; application/json it may send only where it is allowed.
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refusal(415, "the Content-Type must be application/json")
-    size, parts = 0, []
-    async for part in request.stream():
-        size += len(part)
-        if size <= limit:
-            parts.append(part)
-        elif size > 16 * limit:  # up to there it is heard, because most clients listen only when they have spoken
-            break
-    if size > limit:
-        raise Refusal(413, f"the body is larger than {limit} bytes")
-    return b"".join(parts)
-
-
 async def _unless_gone(request: Request, work: Awaitable[Value]) -> Value:
     """What `work` gives; it is cancelled when the client leaves before."""
 
@@ -208,7 +211,7 @@ async def _refused(request: Request, error: Exception) -> Response:
         status, told = error.status_code, error_object(str(error.detail), error.status_code)
     elif isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
-    elif isinstance(error, EngineDead | InputError):  # of another p, whose cache finds no memory
+    elif isinstance(error, EngineDead | TokenizerGone | InputError):  # of another p, whose cache finds no memory
         status, told = 503, error_object(str(error), 503)
     else:
         status, told = 500, error_object("the server failed; its log says why", 500)

@@ -4,6 +4,7 @@ Fields that would change the answer and are not done here are refused by name, u
 nothing; fields that only describe the caller are taken and not used.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -110,8 +111,13 @@ class TextRequest(CompletionOptions):
 Kind = TypeVar("Kind", bound=CompletionOptions)
 
 
-def read_request(kind: type[Kind], body: bytes) -> Kind:
+def read_request(kind: type[Kind], body: bytes, check: Callable[[dict[str, Any]], None] = lambda fields: None) -> Kind:
     """A request's body as one of the two kinds.
+
+    Args:
+        kind: of the request.
+        body: JSON.
+        check: sees the fields before they are looked at one by one, and may raise a `Refusal`.
 
     Raises:
         Refusal: 400 with the field that is missing, unknown, of the wrong type or not supported.
@@ -122,6 +128,7 @@ def read_request(kind: type[Kind], body: bytes) -> Kind:
         raise Refusal(400, f"the body is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise Refusal(400, "the body must be a JSON object")
+    check(fields)
     fields = _without_nulls(fields)
     for field in kind.unused & fields.keys():
         del fields[field]
