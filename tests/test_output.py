@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from parscale import InputError
-from parscale.output import check_new, print_table, whole_folder, write_text
+from parscale.output import print_table
+from parscale.utils.files import check_new, new_folder, write_text
 
 
 def test_a_file_is_written_with_its_folder(tmp_path: Path) -> None:
@@ -27,10 +28,10 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path, there: bool) -> None:
     if there:
         out.mkdir()
     before = out.stat().st_ino if there else None
-    with pytest.raises(FileNotFoundError), whole_folder(out) as folder:
+    with pytest.raises(FileNotFoundError), new_folder(out) as folder:
         ((folder / "half").touch(), (folder / "none/half").touch())
     assert [p.name for p in tmp_path.rglob("*")] == ["out"] * there
-    with whole_folder(out) as folder:
+    with new_folder(out) as folder:
         (folder / "a").write_text("all")
         assert not (out / "a").exists()
     assert [p.name for p in out.iterdir()] == ["a"]
@@ -41,7 +42,7 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path, there: bool) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file/out' cannot be written"), whole_folder(tmp_path / "file/out"):
+    with pytest.raises(InputError, match="file/out' cannot be written"), new_folder(tmp_path / "file/out"):
         raise AssertionError
     with pytest.raises(InputError, match="holds something already"):
         check_new(tmp_path / "file")

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from parscale.load import load_model, load_tokenizer
-from parscale.output import check_new, whole_folder
 from parscale.streams.merge_first import merge_first
+from parscale.utils.files import new_folder
 
 
 def merge_folder(name: str | Path, out: str | Path) -> Path:
@@ -23,10 +23,9 @@ def merge_folder(name: str | Path, out: str | Path) -> Path:
         InputError: as `merge_first`; a model that cannot be loaded; an `out` that holds something.
     """
     out = Path(out)
-    check_new(out)
-    model, tokenizer = load_model(name, dtype="auto"), load_tokenizer(name)
-    merge_first(model)
-    with whole_folder(out) as folder:
+    with new_folder(out) as folder:
+        model, tokenizer = load_model(name, dtype="auto"), load_tokenizer(name)
+        merge_first(model)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return out

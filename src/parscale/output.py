@@ -1,66 +1,15 @@
-"""How a verb gives what it found: one aligned table for people, JSON for programs, files that are whole or absent."""
+"""How a verb gives what it found: one aligned table for people, JSON for programs."""
 
 import json
 import math
 import os
 import select
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
-
-from parscale.errors import InputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file whole or not at all, and its folder if there is none. Nothing else is left if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        return scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def check_new(out: Path) -> None:
-    """Refuse, before any work, a folder that holds something.
-
-    Raises:
-        InputError: it does, or a file has its name.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out={str(out)!r} holds something already; give a new folder")
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`, or in it where it is there. What is written to it goes to `out` when the block
-    ends; if it fails, nothing is left.
-
-    Raises:
-        InputError: `out` cannot be written.
-    """
-    place = out if out.exists() else out.parent
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".parscale-", dir=place)
-    except OSError as error:
-        raise InputError(f"out={str(out)!r} cannot be written: {error}") from None
-    with scratch as name:
-        folder = Path(name) / "whole"
-        folder.mkdir()  # within the temporary folder, which only its owner may read
-        yield folder
-        if out.exists():  # not replaced: it may be where the user's shell stands
-            for file in folder.iterdir():
-                file.replace(out / file.name)
-        else:
-            folder.replace(out)
 
 
 def json_text(value: Any) -> str:

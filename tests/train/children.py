@@ -82,7 +82,7 @@ def train_and_record(config: TrainConfig, record: Path) -> None:
 
 def _at(step: int, place: str, action: Any) -> None:
     """Let `action` happen in the given training step of this process, or in its given writing of a checkpoint."""
-    owner, name = (StreamsTrainer, "training_step") if place == "step" else (checkpoints, "_sync")
+    owner, name = (StreamsTrainer, "training_step") if place == "step" else (checkpoints, "publish")
     original, calls = getattr(owner, name), 0
 
     def with_action(*args: Any, **kwargs: Any) -> Any:

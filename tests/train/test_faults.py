@@ -19,6 +19,7 @@ from parscale.train.checkpoints import Checkpoints
 from parscale.train.data import PackedText
 from parscale.train.faults import FaultTolerance
 from parscale.train.trainer import StreamsTrainer, train
+from parscale.utils.hashes import write_hashes
 from tests.small import VOCABULARY, build
 from tests.train import processes
 from tests.train.children import (
@@ -266,6 +267,7 @@ def test_a_finished_run_of_other_text_or_weights_is_not_given_back(noisy, short,
 def test_the_time_before_a_resume_counts(stopped: Path, noisy, short) -> None:
     progress = stopped / "checkpoint-3" / "progress.json"
     progress.write_text(json.dumps(json.loads(progress.read_text()) | {"seconds": 1e6}))
+    write_hashes(progress.parent)
     assert train(run_of(stopped, short, model=str(noisy), resume=True)).seconds > 1e6
 
 

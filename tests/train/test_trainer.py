@@ -17,6 +17,7 @@ from parscale.load import load_model, load_tokenizer
 from parscale.train.data import PackedText
 from parscale.train.folder import check_output
 from parscale.train.trainer import StreamsTrainer, train
+from parscale.utils.files import UNFINISHED
 from tests.train.conftest import run
 
 STREAMS = StreamsConfig(2, 8, diversify=("prefix", "embedding"))
@@ -193,8 +194,8 @@ def _model_with_vocabulary(size: int):
 
 
 def test_half_a_model_that_a_kill_left_is_no_obstacle(tmp_path: Path) -> None:
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
+    partial = tmp_path / "out" / UNFINISHED
+    partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(b"half")
     check_output(tmp_path / "out")
     assert not partial.exists()

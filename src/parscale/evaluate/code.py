@@ -23,8 +23,9 @@ from parscale.evaluate.code_options import CodeOptions
 from parscale.evaluate.harness import harness_model
 from parscale.evaluate.perplexity import bootstrap_of_documents, ready_model
 from parscale.evaluate.sandbox import Outcome, run_program
-from parscale.output import print_json, print_table, write_text
+from parscale.output import print_json, print_table
 from parscale.train.corpus import read_rows
+from parscale.utils.files import write_text
 
 STOPS = ("\nif __name__", "\ndef main(", "\nprint(", "\n```")
 STOPS_HUMANEVAL = ("\ndef ", "\nclass ", "\nimport ", "\nfrom ", "\nassert ")

@@ -24,13 +24,15 @@ from parscale.errors import InputError
 from parscale.experiments.report import write_demo_report
 from parscale.generate import complete
 from parscale.load import load_model, load_tokenizer
-from parscale.output import json_text, write_text
+from parscale.output import json_text
 from parscale.probe import StreamProbe, probe_streams
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import STDLIB
 from parscale.train.data import PackedText, load_text
 from parscale.train.folder import TrainResult, check_output
 from parscale.train.trainer import train
+from parscale.utils.files import write_text
+from parscale.utils.lock import hold
 
 Scale = Literal["auto", "smoke", "cpu", "gpu"]
 
@@ -95,13 +97,18 @@ def run_demo(
         seed: of weights and data order.
 
     Raises:
-        InputError: bad text or an output folder that is not empty.
+        InputError: bad text, or an output folder that is not empty or in use.
     """
     if scale == "auto":
         scale = "gpu" if torch.cuda.is_available() else "cpu"
     if not streams or any(p < 2 for p in streams):
         raise InputError(f"streams={tuple(streams)} is not accepted; give one or more numbers >= 2")
-    check_output(output)
+    with hold(output, "out"):
+        check_output(output)
+        return _run(output, data, scale, streams, seed)
+
+
+def _run(output: Path, data: Sequence[str], scale: str, streams: Sequence[int], seed: int) -> list[Row]:
     setting = SETTINGS[scale]
     console = Console()
     started = time.monotonic()

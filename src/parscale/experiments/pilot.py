@@ -17,7 +17,7 @@ from parscale.cost.model import Workload, cost, shape_of
 from parscale.errors import InputError
 from parscale.evaluate.perplexity import DocumentLosses, bootstrap_of_documents, document_losses
 from parscale.load import load_model, load_tokenizer, on_accelerator
-from parscale.output import json_text, print_json, print_table, write_text
+from parscale.output import json_text, print_json, print_table
 from parscale.streams.parallelize import parallelize
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import read_documents, split_documents
@@ -26,6 +26,8 @@ from parscale.train.folder import check_output
 from parscale.train.shapes import check_context
 from parscale.train.stages import count_stream_parameters, freeze_backbone
 from parscale.train.trainer import train
+from parscale.utils.files import write_text
+from parscale.utils.lock import hold
 
 STREAMS = (2, 4)
 LORA_RANK = 8
@@ -84,12 +86,23 @@ def run_pilot(
         as_json: print JSON instead of tables.
 
     Raises:
-        InputError: a model or text that cannot serve, or a folder that holds something else.
+        InputError: a model or text that cannot serve, or a folder that holds something else or is in use.
     """
     if not minutes > 0:
         raise InputError(f"minutes={minutes} is not accepted; give a number above 0")
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} is not accepted; give an integer >= 1")
+    with hold(out, "out"):
+        record = _train_and_compare(name, data, minutes, out, block_size, batch_size, seed)
+        write_text(out / RECORD, json_text(record))
+    _print(record, as_json)
+    return record
+
+
+def _train_and_compare(
+    name: str, data: Sequence[str], minutes: float, out: Path, block_size: int, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """What the pilot found: the content of `pilot.json`."""
     if not (out / PLAN).is_file():
         check_output(out)
     tokenizer = load_tokenizer(name)
@@ -121,7 +134,7 @@ def run_pilot(
     costs = _costs(name, runs)
     rows = [_row(label, losses, results, costs) for label in runs]
     over_lora = {f"P={p}": compare(losses[f"P={p}"], losses["LoRA"]) for p in STREAMS}
-    record = {
+    return {
         "model": name,
         "data": list(data),
         "steps": steps,
@@ -133,9 +146,6 @@ def run_pilot(
         "cost": f"latency measured here: {INPUT} tokens in, {OUTPUT} out, batch 1; memory derived",
         "verdict": judge(rows, over_lora, len(before.tokens), steps),
     }
-    write_text(out / RECORD, json_text(record))
-    _print(record, as_json)
-    return record
 
 
 def compare(ours: DocumentLosses, theirs: DocumentLosses) -> tuple[float, float, float]:

@@ -17,7 +17,7 @@ from parscale.experiments.report import page, svg, table
 from parscale.experiments.shapes import H100_FLOPS, UTILISATION
 from parscale.experiments.sweep import read_rows
 from parscale.experiments.verdicts import Verdict
-from parscale.output import write_text
+from parscale.utils.files import write_text
 
 RUNNABLE = ("gpu", "cpu", "smoke")
 """Scales whose rows can be there; a claim's verdict is that of the first that has rows."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from parscale.cost.model import PAPER_SHAPES
 from parscale.errors import InputError
-from parscale.output import write_text
 from parscale.train.shapes import SHAPES
+from parscale.utils.files import write_text
 
 _PATTERN = re.compile(r"(\d+)x(\d+)x(\d+)(?:e(\d+))?")
 H100_FLOPS, UTILISATION = 989e12, 0.4

@@ -6,6 +6,7 @@ that others continue or are measured against are trained first and stay in the w
 the same name is no row of these.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -370,6 +371,7 @@ def _append(file: Path, *rows: Mapping[str, Any]) -> None:
     """Add a line each; what a kill left of a line before is cut off first, and one that lacks its end alone gets it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab+") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)  # until it is closed: another sweep may append to it
         out.seek(0)
         held = out.read()
         whole = _whole(held)

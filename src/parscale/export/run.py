@@ -17,7 +17,8 @@ import torch
 
 from parscale.errors import InputError
 from parscale.export.folded import check_foldable
-from parscale.output import check_new, print_json, whole_folder
+from parscale.output import print_json
+from parscale.utils.files import new_folder
 
 Engine = Literal["onnx", "openvino"]
 Weights = Literal["float32", "int8", "int4"]
@@ -73,13 +74,12 @@ def export_model(
     for argument, value, least in (("sequences", sequences, 1), ("block_size", block_size, 2)):
         if value < least:
             raise InputError(f"{argument}={value} is not accepted; give a number >= {least}")
-    check_new(out)
-    model, tokenizer = load_model(name, dtype=torch.float32), load_tokenizer(name)
-    if streams is not None:
-        choose_streams(model, streams)
-    check_foldable(model)
-    blocks = _held_out(tokenizer, data, sequences, block_size)  # before the tokenizer learns of placeholders
-    with whole_folder(out) as folder:
+    with new_folder(out) as folder:
+        model, tokenizer = load_model(name, dtype=torch.float32), load_tokenizer(name)
+        if streams is not None:
+            choose_streams(model, streams)
+        check_foldable(model)
+        blocks = _held_out(tokenizer, data, sequences, block_size)  # before the tokenizer learns of placeholders
         with _quietly():
             _write(model.eval(), tokenizer, folder, engine, weights)
         measured = {} if blocks is None else _measure(model, folder, engine, blocks)

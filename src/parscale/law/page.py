@@ -18,7 +18,7 @@ from parscale.errors import InputError
 from parscale.law.fit import fit, law_of
 from parscale.law.planner import PAPER_TOKENS, SECOND_STAGE, STREAMS, Search
 from parscale.law.runs import CORPORA, paper
-from parscale.output import write_text
+from parscale.utils.files import write_text
 
 _OPERATORS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.Pow: "**"}
 _COMPARISONS = {ast.Gt: ">", ast.GtE: ">=", ast.Lt: "<", ast.LtE: "<=", ast.Eq: "==="}

@@ -8,6 +8,7 @@ import numpy as np
 from parscale.errors import InputError
 from parscale.law.fit import Law
 from parscale.law.runs import Runs
+from parscale.utils.files import replacing
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -36,13 +37,12 @@ def check_picture(path: Path) -> None:
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write under a temporary name, then rename: a reader never sees half a picture."""
+    """Write a picture whole or not at all. Returns `path`."""
     path = Path(path)
     check_picture(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial)
-    return partial.replace(path)
+    with replacing(path) as scratch:
+        figure.savefig(scratch)
+    return path
 
 
 def _draw_curves(axes: Any, law: Law, tokens: float | None) -> None:

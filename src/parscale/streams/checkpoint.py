@@ -7,7 +7,7 @@ Knows the files of an adapter, `streams.safetensors` (tensors under the names th
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from parscale.streams.backbone import StreamsForCausalLM, check_attention, strea
 from parscale.streams.families import SUFFIX, give_streams, own_config, register_family, remove_streams
 from parscale.streams.parallelize import check_model
 from parscale.streams.tensors import belongs_to_streams, check_readable, check_shapes, is_wrapped, stream_tensors
+from parscale.utils.files import replacing
 
 TENSORS = "streams.safetensors"
 MANIFEST = "streams.json"
@@ -51,7 +52,7 @@ def save_streams(model: PreTrainedModel, directory: str | os.PathLike[str]) -> N
 
     Args:
         model: a causal LM with streams.
-        directory: made if absent. Files of that name there are replaced, each at once.
+        directory: made if absent. Files of that name there are replaced: the folder is whole, or refused.
 
     Raises:
         InputError: the model has no streams, or a LoRA of `peft` is on it.
@@ -65,9 +66,12 @@ def save_streams(model: PreTrainedModel, directory: str | os.PathLike[str]) -> N
     tensors = {name: p.detach().cpu().contiguous() for name, p in stream_tensors(model).items()}
     manifest = {"model_type": _plain_type(model), "config": _entries(model), "base": base_identity(model)}
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / TENSORS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    _write(directory / MANIFEST, lambda file: file.write_text(json.dumps(manifest, indent=2) + "\n"))
+    with replacing(directory / MANIFEST) as settings:
+        settings.write_text(json.dumps(manifest, indent=2) + "\n")
+        with replacing(directory / TENSORS) as file:
+            save_file(tensors, file, metadata={"format": "pt"})
+            # Old settings beside new tensors would be believed. Without any the folder is refused.
+            (directory / MANIFEST).unlink(missing_ok=True)
 
 
 def load_streams(
@@ -267,10 +271,3 @@ def _entries(model: Any) -> dict[str, Any]:
 
 def _plain_type(model: Any) -> str:
     return model.config.model_type.removesuffix(SUFFIX)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Whoever looks sees the old file or the new one, never half of it."""
-    unfinished = path.with_name(path.name + ".tmp")
-    write(unfinished)
-    unfinished.replace(path)

@@ -8,7 +8,6 @@ other number wrote; the schedule, the run's settings and the random generators a
 import base64
 import hashlib
 import json
-import os
 import random
 import shutil
 import warnings
@@ -29,14 +28,19 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 
 from parscale.errors import InputError, first_line
+from parscale.output import say
 from parscale.streams.tensors import belongs_to_streams
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText
 from parscale.train.parallel import processes
+from parscale.utils.files import disk_errors, publish, remove
+from parscale.utils.hashes import HASHES, damage_of, write_hashes
 
 PREFIX, SCRATCH = "checkpoint-", ".checkpoint.partial"
 """How a complete checkpoint is called, with its step, and one that is being written."""
 _RUN, _PROGRESS = "run.json", "progress.json"
+_HASHED = "hashes"
+"""In `run.json`: which file has the hashes. A checkpoint that should have one and has none is damaged."""
 MAY_CHANGE = (
     "output", "batch_size", "save_every", "keep", "resume", "max_skipped", "stream_parallel", "report_to", "cache_dir",
     "control",
@@ -64,19 +68,37 @@ class Checkpoints:
         return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
     def resume(self) -> Path | None:
-        """The newest checkpoint, or None; what a killed process left half-written is removed.
+        """The newest checkpoint that is as it was written, or None where there is none at all.
+
+        A damaged one is named and kept as `checkpoint-<step>.damaged`. What a killed process left half-written is
+        removed. Every process reads all of a checkpoint for it.
 
         Raises:
-            InputError: it is of another run: names what differs.
+            InputError: it is of another run: names what differs. Or all are damaged.
         """
         if _is_first():
             shutil.rmtree(self.folder / SCRATCH, ignore_errors=True)
-        complete = self.all()
-        if not complete:
-            return None
-        newest = complete[-1]
-        self.check_same(read_json(newest / _RUN), newest.name)
-        return newest
+        damaged: dict[Path, str] = {}
+        for checkpoint in reversed(self.all()):
+            if (damage := _damage_of(checkpoint)) is None:
+                self.check_same(_run_in(checkpoint), checkpoint.name)
+                self._set_aside(damaged, checkpoint)
+                return checkpoint
+            damaged[checkpoint] = damage
+        if damaged:
+            listed = ", ".join(f"{checkpoint.name} ({damage})" for checkpoint, damage in damaged.items())
+            raise InputError(
+                f"output={self.folder}: no checkpoint is whole: {listed}; remove them to start again, or give another "
+                "output"
+            )
+        return None
+
+    def _set_aside(self, damaged: dict[Path, str], whole: Path) -> None:
+        for checkpoint, damage in damaged.items() if _is_first() else ():
+            aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+            remove(aside)
+            checkpoint.rename(aside)
+            say(f"{checkpoint} is damaged ({damage}): going on from {whole.name}; the damaged one is {aside.name} now")
 
     def check_same(self, other: dict[str, Any], what: str) -> None:
         """Refuse to go on with `other`, the run of `what` in the folder, where it is not this one.
@@ -109,15 +131,16 @@ class Checkpoints:
             if _is_first():
                 shutil.rmtree(scratch, ignore_errors=True)
                 scratch.mkdir(parents=True)
-                (scratch / _RUN).write_text(json.dumps(self.run, indent=1), encoding="utf-8")
+                run = {_HASHED: HASHES} | self.run
+                (scratch / _RUN).write_text(json.dumps(run, indent=1), encoding="utf-8")
             _wait()
-            yield scratch
+            with disk_errors():
+                yield scratch
             _wait()
             if _is_first():
-                _sync(scratch)
-                shutil.rmtree(complete, ignore_errors=True)
-                scratch.rename(complete)
-                _sync_folder(self.folder)
+                write_hashes(scratch)
+                remove(complete)
+                publish(scratch, complete)
                 for old in self.all()[: -self.keep]:
                     shutil.rmtree(old, ignore_errors=True)
             _wait()
@@ -272,20 +295,19 @@ def _from_text(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def _sync(folder: Path) -> None:
-    """All of a folder on the disk, before its name says that it is whole."""
-    for file in folder.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    _sync_folder(folder)
+def _damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. One from before there were hashes is believed."""
+    if not (checkpoint / HASHES).exists():
+        try:
+            if _HASHED not in read_json(checkpoint / _RUN):
+                return None
+        except InputError:
+            return f"{_RUN} cannot be read"
+    return damage_of(checkpoint)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _run_in(checkpoint: Path) -> dict[str, Any]:
+    return {name: value for name, value in read_json(checkpoint / _RUN).items() if name != _HASHED}
 
 
 def _cause(error: BaseException) -> Any:

@@ -244,7 +244,7 @@ def _documents_of_file(path: Path, text_column: str) -> Iterator[Document]:
             name = f"{place} ({row['id']!r})" if "id" in row else place
             yield Document(name, _text(row[text_column], place, text_column))
     else:
-        yield Document(str(path), _decode(path, b"".join(_chunks(path))))
+        yield Document(str(path), _whole_text(path))
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -268,6 +268,7 @@ def _documents_of_parquet(path: Path, text_column: str) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
+    _check_regular(path)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_column(str(path), text_column, file.schema_arrow.names)
@@ -279,6 +280,13 @@ def _documents_of_parquet(path: Path, text_column: str) -> Iterator[Document]:
         raise InputError(f"{path}: column {text_column!r} holds bytes that are not UTF-8: {error.reason}") from error
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as parquet: {first_line(error)}") from error
+
+
+def _whole_text(path: Path) -> str:
+    try:
+        return _decode(path, b"".join(_chunks(path)))
+    except MemoryError:
+        raise InputError(f"{path}: does not fit in memory; cut it into documents, one a line of a .jsonl") from None
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -301,12 +309,19 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _read(path: Path) -> Iterator[bytes]:
+    _check_regular(path)
     try:
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse what has no end, as a device, or waits for another process, as a pipe."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file; copy what it gives into one")
 
 
 def _decompressed(path: Path, chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -7,7 +7,6 @@ length, the remainder dropped), nor what the cache's entries are called and hold
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from parscale.errors import InputError
-from parscale.output import passing_bar
+from parscale.output import passing_bar, say
 from parscale.train.corpus import STDLIB, Document, Source, check_disjoint, overlap, read_documents, split_documents
+from parscale.utils.files import replacing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -339,7 +339,7 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
 
 
 def _load(entry: Path) -> dict[str, np.ndarray] | None:
-    """The entry's arrays; None where it is absent or damaged."""
+    """The entry's arrays; None where it is absent or damaged, which is told."""
     from safetensors.numpy import load
 
     try:
@@ -349,7 +349,10 @@ def _load(entry: Path) -> dict[str, np.ndarray] | None:
     except OSError as error:
         raise InputError(f"cache entry {entry}: cannot be read: {error.strerror or error}") from error
     checksum, arrays = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
-    return load(arrays) if hashlib.sha256(arrays).digest() == checksum else None
+    if hashlib.sha256(arrays).digest() == checksum:
+        return load(arrays)
+    say(f"cache entry {entry} is damaged; its tokens are made anew")
+    return None
 
 
 def _store(entry: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -357,14 +360,11 @@ def _store(entry: Path, arrays: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save
 
     content = save(arrays)
-    temporary = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_bytes(hashlib.sha256(content).digest() + content)
-        temporary.replace(entry)
+        with replacing(entry) as scratch:
+            scratch.write_bytes(hashlib.sha256(content).digest() + content)
     except OSError as error:
         raise unwritable(entry.parent, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def unwritable(folder: Path, error: OSError) -> InputError:

@@ -4,9 +4,7 @@ No other file knows which names stand in it, or what is done where it is there a
 """
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ from parscale.errors import InputError, first_line
 from parscale.load import RECORD
 from parscale.train.checkpoints import PREFIX, SCRATCH, read_json
 from parscale.train.model import save_model
+from parscale.utils.files import COMMITTED, UNFINISHED, add_files, finish, remove_unfinished
+from parscale.utils.lock import LOCK
 
 LOGS = "runs"
 """Where TensorBoard's event files stand in the output folder."""
@@ -54,78 +54,66 @@ def save_run(
     output: Path,
     record: dict[str, Any],
     whole: dict[str, Tensor] | None = None,
+    checkpoints: Sequence[Path] = (),
 ) -> None:
-    """Write model, tokenizer and `train.json` under a temporary name, then rename: the folder is whole or absent. Into
-    a folder that is there the files are moved, `train.json` last: with it the folder is whole.
+    """Write model, tokenizer and `train.json` into the output folder: all of them or none. `train.json` comes last.
 
-    `whole` is the state of a model that is sharded.
+    Args:
+        model: what was trained.
+        tokenizer: its tokenizer.
+        output: the folder; it may hold this run's checkpoints and logs.
+        record: what `train.json` holds.
+        whole: the state of a model that is sharded.
+        checkpoints: those of the run, oldest first: a save that fails names what is left.
+
+    Raises:
+        InputError: it cannot be written.
     """
-    scratch = _scratch(output)
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        save_model(model, scratch, whole)
-        tokenizer.save_pretrained(scratch)
-        (scratch / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        if output.exists():  # with this run's checkpoints and logs; or empty, and maybe where this process works
-            for file in sorted(scratch.iterdir(), key=lambda file: file.name == RECORD):  # the record makes it whole
-                file.replace(output / file.name)
-            scratch.rmdir()
+        with add_files(output, last=RECORD) as folder:
+            save_model(model, folder, whole)
+            tokenizer.save_pretrained(folder)
+            (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    except OSError as error:
+        if (output / COMMITTED).exists():
+            left = "the model is whole, and moved there by --resume"
+        elif checkpoints:
+            left = f"the model was not saved; {checkpoints[-1].name} is whole. Mend that and go on with --resume"
         else:
-            scratch.rename(output)
-    except Exception as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, OSError) or "No space left" in str(error):
-            raise InputError(
-                f"output={output}: cannot write there ({first_line(error)}); the model was not saved"
-            ) from error
-        raise
+            left = "the model was not saved, and there is no checkpoint"
+        raise InputError(f"output={output}: cannot write there ({first_line(error)}); {left}") from error
 
 
 def check_output(output: Path, *, resume: bool = False, control: Path | None = None) -> None:
     """Refuse, before any work, an output folder that is not empty or that cannot be written. To resume, it may hold a
-    run's checkpoints and logs. The folder of its control may be in it.
+    run's checkpoints and logs. The folder of its control may be in it. What a killed process was saving is removed.
 
     Raises:
         InputError: naming the folder and the reason.
     """
-    held = (
-        [file.name for file in output.iterdir() if control is None or file.name != control.name]
-        if output.is_dir()
-        else []
-    )
+    if output.is_dir():
+        finish(output, RECORD)
+        remove_unfinished(output)
+    left_out = {LOCK} if control is None else {LOCK, control.name}
+    held = [file.name for file in output.iterdir() if file.name not in left_out] if output.is_dir() else []
     ours = [name for name in held if name in (LOGS, CONTROL) or name.startswith((PREFIX, SCRATCH))]
     if ours and ours == held and not resume:
         raise InputError(f"output={output} holds a run that was stopped; add --resume to go on, or give another name")
     if (output.exists() and not output.is_dir()) or ours != held:
         raise InputError(f"output={output} exists and is not an empty folder; give another name or remove it")
-    probe = _scratch(output)
-    shutil.rmtree(probe, ignore_errors=True)  # a run that was killed while it saved leaves half a model there
+    probe, there = output / UNFINISHED, output.exists()
     try:
         probe.mkdir(parents=True)
         probe.rmdir()
     except OSError as error:
         raise InputError(f"output={output}: cannot write there ({error.strerror or error})") from None
-
-
-def _scratch(output: Path) -> Path:
-    """Where a run is written before it has its name: beside it, on the same disk. A relative `.` has no name."""
-    whole = output.resolve()
-    return whole.with_name(f".{whole.name}.partial")
+    if not there:
+        output.rmdir()
 
 
 def finished_run(output: Path) -> dict[str, Any] | None:
-    """The record of the run in a folder, if it has ended: what it gave (`result`, of TrainResult), and was (`run`)."""
+    """The record of the run in a folder, if it has ended: what it gave (`result`, of TrainResult), and was (`run`). A
+    save that a kill cut off is finished first; every process of a run may ask at once."""
+    finish(output, RECORD)
     file = output / RECORD
     return read_json(file) if file.is_file() else None
-
-
-@contextmanager
-def emptied(output: Path) -> Iterator[None]:
-    """A run that fails leaves no empty folder behind."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            output.rmdir()
-        raise

@@ -4,6 +4,7 @@ The control is one stream with a prefix (docs/claim.md): on small models the pre
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 from parscale.config import StreamsConfig
 from parscale.errors import InputError
 from parscale.load import RECORD, comes_with_streams
-from parscale.output import print_table, write_text
+from parscale.output import print_table
 from parscale.train.config import TrainConfig
 from parscale.train.folder import CONTROL, TrainResult, check_output
 from parscale.train.parallel import is_first_process
 from parscale.train.prepare import prepare
 from parscale.train.trainer import train
+from parscale.utils.files import write_text
+from parscale.utils.lock import hold
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -26,15 +29,16 @@ def run(config: TrainConfig) -> TrainResult:
     Raises:
         InputError: as `train` does; or a control that cannot be: of one stream, or of a model that has streams already.
     """
-    if not config.resume and is_first_process():
-        check_output(config.output)
-    if config.control:
-        _check_control(config)
-    text = prepare(config)
-    control = train(control_of(config), data=text, title="control") if config.control else None
-    result = train(config, data=text, control=config.output / CONTROL if control else None)
-    if control and is_first_process():
-        _complete(config.output / RECORD, result, control)
+    with hold(config.output) if is_first_process() else nullcontext():
+        if not config.resume and is_first_process():
+            check_output(config.output)
+        if config.control:
+            _check_control(config)
+        text = prepare(config)
+        control = train(control_of(config), data=text, title="control") if config.control else None
+        result = train(config, data=text, control=config.output / CONTROL if control else None)
+        if control and is_first_process():
+            _complete(config.output / RECORD, result, control)
     if is_first_process():
         print_report(result, control)
     return result

@@ -6,16 +6,18 @@ own hash alone, and a cache entry is known by the names, sizes and times of the 
 
 import hashlib
 import json
-import shutil
+import os
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parscale.errors import InputError
+from parscale.output import say
 from parscale.train.corpus import Document, Source, as_list, iterate_documents
 from parscale.train.data import (
     PackedText,
@@ -28,12 +30,15 @@ from parscale.train.data import (
     train_tokenizer,
     unwritable,
 )
+from parscale.utils.files import publish, remove
+from parscale.utils.hashes import damage_of, write_hashes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1  # of the entries; raise it when the same files would give other tokens
 SIDES = ("train", "validation")
+_DOCUMENTS = "documents.json"
 
 _TOKENIZER_SAMPLE = 20_000_000  # characters
 _AT_ONCE = 8_000_000  # characters given to the tokenizer at once
@@ -69,16 +74,12 @@ def stream_text(
     facts = [FORMAT, _state(source), text_column, identity(chosen), validation_fraction, max_train_tokens]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     entry = cache_folder(cache_dir) / f"{key}.streamed"
-    if not entry.exists():
-        _write(
-            entry, iterate_documents(source, text_column, streaming=True), chosen, validation_fraction, max_train_tokens
-        )
-    counts = json.loads((entry / "documents.json").read_text())
+    tokens = _read(entry) or _make(
+        entry, iterate_documents(source, text_column, streaming=True), chosen, validation_fraction, max_train_tokens
+    )
     name = ", ".join(map(str, as_list(source)))
     fingerprint = hashlib.sha256(f"{key} {block_size}".encode()).hexdigest()
-    train, validation = (
-        blocks(_mapped(entry / f"{side}.int32"), block_size, f"{side} text ({name})", fingerprint) for side in SIDES
-    )
+    train, validation = (blocks(tokens.of[side], block_size, f"{side} text ({name})", fingerprint) for side in SIDES)
     return PackedText(
         train=train,
         validation=validation,
@@ -86,8 +87,8 @@ def stream_text(
         block_size=block_size,
         train_tokens=len(train) * block_size,
         validation_tokens=len(validation) * block_size,
-        train_documents=counts["train"],
-        validation_documents=counts["validation"],
+        train_documents=tokens.documents["train"],
+        validation_documents=tokens.documents["validation"],
         fingerprint=fingerprint,
     )
 
@@ -118,33 +119,73 @@ def _state(source: Source) -> list[Any]:
     return state
 
 
-def _write(
-    entry: Path, documents: Iterable[Document], tokenizer: Any, validation_fraction: float, limit: int | None
-) -> None:
-    """Leaves the entry whole or not at all."""
-    unfinished = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}.tmp")
-    counts, tokens = dict.fromkeys(SIDES, 0), dict.fromkeys(SIDES, 0)
+@dataclass(frozen=True)
+class _Tokens:
+    """An entry of the cache: (tokens,) int32 and the number of documents, of each side."""
+
+    of: dict[str, np.ndarray]
+    documents: dict[str, int]
+
+
+def _read(entry: Path) -> _Tokens | None:
+    """The entry; None where it is absent or damaged, which is told."""
+    if not os.path.lexists(entry):
+        return None
+    if (damage := damage_of(entry)) is not None:
+        say(f"cache entry {entry} is damaged ({damage}); its tokens are made anew")
+        return None
     try:
-        unfinished.mkdir()
-        with ExitStack() as stack:
-            files = {side: stack.enter_context((unfinished / f"{side}.int32").open("wb")) for side in SIDES}
-            for batch in _batches(documents):
-                for side in SIDES:
-                    chosen = [document for document in batch if side_of(document, validation_fraction) == side]
-                    counts[side] += len(chosen)
-                    for ids, _ in tokenize(tokenizer, chosen):
-                        kept = ids if side == "validation" or limit is None else ids[: limit - tokens[side]]
-                        files[side].write(kept.tobytes())
-                        tokens[side] += len(kept)
-                if limit is not None and tokens["train"] >= limit:
-                    break
-        (unfinished / "documents.json").write_text(json.dumps(counts))
-        unfinished.rename(entry)
+        return _open(entry)
+    except FileNotFoundError:  # another process had found it damaged, and makes it anew
+        return None
+
+
+def _open(folder: Path) -> _Tokens:
+    of = {side: _mapped(folder / f"{side}.int32") for side in SIDES}
+    return _Tokens(of, json.loads((folder / _DOCUMENTS).read_text()))
+
+
+def _make(
+    entry: Path, documents: Iterable[Document], tokenizer: Any, validation_fraction: float, limit: int | None
+) -> _Tokens:
+    """Make the entry, which is whole or absent. Several processes may make it at once: each has what it wrote itself,
+    which outlives its name."""
+    scratch = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}.partial")
+    try:
+        scratch.mkdir()
+        _write(scratch, documents, tokenizer, validation_fraction, limit)
+        write_hashes(scratch)
+        made = _open(scratch)
+        remove(entry)
+        try:
+            publish(scratch, entry)
+        except OSError:
+            if not entry.exists():  # else another process was first, with the same
+                raise
+        return made
     except OSError as error:
-        if not entry.exists():  # else another process was first, with the same
-            raise unwritable(entry.parent, error) from error
+        raise unwritable(entry.parent, error) from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(scratch)
+
+
+def _write(
+    folder: Path, documents: Iterable[Document], tokenizer: Any, validation_fraction: float, limit: int | None
+) -> None:
+    counts, tokens = dict.fromkeys(SIDES, 0), dict.fromkeys(SIDES, 0)
+    with ExitStack() as stack:
+        files = {side: stack.enter_context((folder / f"{side}.int32").open("wb")) for side in SIDES}
+        for batch in _batches(documents):
+            for side in SIDES:
+                chosen = [document for document in batch if side_of(document, validation_fraction) == side]
+                counts[side] += len(chosen)
+                for ids, _ in tokenize(tokenizer, chosen):
+                    kept = ids if side == "validation" or limit is None else ids[: limit - tokens[side]]
+                    files[side].write(kept.tobytes())
+                    tokens[side] += len(kept)
+            if limit is not None and tokens["train"] >= limit:
+                break
+    (folder / _DOCUMENTS).write_text(json.dumps(counts))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -33,7 +33,7 @@ from parscale.train.checkpoints import Checkpoints, run_of
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, sample
 from parscale.train.faults import DEADLINE, FaultTolerance, OutOfTime, catching_sigterm, command_to_resume
-from parscale.train.folder import TrainResult, check_output, emptied, finished_run, save_run
+from parscale.train.folder import TrainResult, check_output, finished_run, save_run
 from parscale.train.loss import IGNORED, chunked_loss
 from parscale.train.model import base_of, model_of
 from parscale.train.parallel import (
@@ -61,6 +61,7 @@ from parscale.train.stages import (
     warn_of_rate,
 )
 from parscale.train.watch import StreamWatch, as_logs, details_as_logs
+from parscale.utils.lock import hold
 
 
 class StreamsTrainer(FaultTolerance, Trainer):
@@ -251,20 +252,21 @@ def train(
         deadline: save and stop after the first step that ends behind it, in seconds of `time.time()`.
 
     Raises:
-        InputError: bad text, model, folder or settings; nothing is left half-written.
+        InputError: bad text, model, folder or settings, or another process works in the folder; nothing is left
+            half-written.
         OutOfTime: the run was stopped at its deadline.
     """
     check_launch(config)
     if config.report_to != "none" and find_spec(config.report_to) is None:
         raise InputError(f"report_to={config.report_to!r} needs a package: pip install {config.report_to}")
-    if config.resume and (record := finished_run(config.output)) is not None:
-        text, trained = _origin(config, data)
-        Checkpoints(config.output, run_of(config, text, base_of(trained))).check_same(record["run"], "the end")
-        say(f"{config.output} holds a run that has ended; nothing is left to do")
-        return TrainResult(**record["result"])
-    if is_first_process():
-        check_output(config.output, resume=config.resume, control=control)
-    with emptied(config.output):
+    with hold(config.output) if is_first_process() else nullcontext():
+        if config.resume and (record := finished_run(config.output)) is not None:
+            text, trained = _origin(config, data)
+            Checkpoints(config.output, run_of(config, text, base_of(trained))).check_same(record["run"], "the end")
+            say(f"{config.output} holds a run that has ended; nothing is left to do")
+            return TrainResult(**record["result"])
+        if is_first_process():
+            check_output(config.output, resume=config.resume, control=control)
         return _run(config, data, title, control, deadline)
 
 
@@ -345,7 +347,7 @@ def _run(
     whole = whole_parameters(trained) if trainer.is_fsdp_enabled else None
     if is_first_process():
         record = {"result": asdict(result), "config": _plain(asdict(config)), "run": checkpoints.run}
-        save_run(trained, data.tokenizer, config.output, record, whole)
+        save_run(trained, data.tokenizer, config.output, record, whole, checkpoints.all())
     trainer.accelerator.wait_for_everyone()
     return result
 
