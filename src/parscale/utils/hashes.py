@@ -31,7 +31,7 @@ def damage_of(folder: Path) -> str | None:
             return f"{missing[0]} is missing"
         for file in found:
             if not _is_regular(file) or held.get(file.name) != _hash(file):
-                return f"{file.name} is not what was written"
+                return f"{file.name} is not what {HASHES} says"
         if (folder / HASHES).read_bytes() != _text(held).encode():
             return f"{HASHES} is not what was written"
     except OSError as error:
