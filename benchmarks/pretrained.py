@@ -22,7 +22,6 @@ from torch import Tensor
 import parscale
 from parscale.experiments.demo import machine
 from parscale.load import load_model, load_tokenizer
-from parscale.output import write_text
 from parscale.probe import probe_streams
 from parscale.streams.tensors import belongs_to_streams
 from parscale.train.balance import load_imbalance
@@ -30,6 +29,7 @@ from parscale.train.config import Rates
 from parscale.train.data import load_text
 from parscale.train.loss import chunked_loss
 from parscale.train.stages import parameter_groups
+from parscale.utils.files import write_text
 
 LORA = {"streams": 1, "prefix_tokens": 0, "diversify": ("lora",)}
 STREAMS = {"streams": 4, "diversify": ("prefix", "lora"), "prefix_init": "near_identity", "lora_rank": 8}

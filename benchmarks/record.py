@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from parscale.output import write_text
+from parscale.utils.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -56,7 +56,7 @@ print(model(torch.arange(8)[None]).logits.sum().item())
 
 
 LAYERS = (
-    {"config", "errors", "output", "gguf"},
+    {"config", "errors", "output", "gguf", "arguments", "utils"},
     {"streams"},
     {"load", "generate", "merge_folder", "train", "probe", "probe_details", "probe_plot", "evaluate", "law", "cost"},
     {"experiments", "serve", "export", "hub"},
