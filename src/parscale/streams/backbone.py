@@ -201,6 +201,18 @@ class StreamsBackbone(_HasStreams):
             module.prefix_k.copy_(keys)
             module.prefix_v.copy_(values)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's own. The banks in it are what the prefix generator makes now, for models that have no generator."""
+        if getattr(self, prefix.GENERATOR, None) is not None:
+            self.write_generated_prefixes()
+        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], root: str, *args: Any) -> None:
+        """torch's own, of one module whose tensors' names begin with `root`."""
+        if getattr(self, prefix.GENERATOR, None) is not None:
+            prefix.check_generator(state_dict, root)
+        super()._load_from_state_dict(state_dict, root, *args)  # type: ignore[misc]
+
     def fold_prefix_generator(self) -> None:
         """Keep the generated prefixes as plain parameters and drop the generator (paper, supplement)."""
         if self.prefix_generator is not None:
@@ -266,12 +278,11 @@ class StreamsForCausalLM(StreamsGeneration, _HasStreams):
     def save_pretrained(
         self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
-        """transformers' own, with generated prefixes folded into the banks: no checkpoint holds a generator."""
+        """transformers' own. A prefix generator is written beside the prefixes that it makes: a Trainer resumes with
+        it, and loading takes the prefixes alone. `fold_prefix_generator` drops it before."""
         backbone: Any = self.base_model  # type: ignore[attr-defined]
-        if backbone.prefix_generator is not None:
-            backbone.write_generated_prefixes()
-            whole = self.state_dict() if state_dict is None else state_dict  # type: ignore[attr-defined]
-            state_dict = {k: v for k, v in whole.items() if ".prefix_generator." not in k}
+        if state_dict is not None and backbone.prefix_generator is not None:
+            state_dict = prefix.with_generated(backbone, state_dict)
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)  # type: ignore[misc]
 
 

@@ -31,7 +31,7 @@ from parscale.streams import kv
 from parscale.streams.aggregate import AggregationHead
 from parscale.streams.backbone import StreamsBackbone, StreamsForCausalLM
 from parscale.streams.diversify import protocol
-from parscale.streams.diversify.prefix import shapes_from_config
+from parscale.streams.diversify.prefix import GENERATOR, shapes_from_config
 from parscale.streams.state import StreamState
 
 SUFFIX = "_parscale"
@@ -163,6 +163,7 @@ def _lm_class(plain: type[PreTrainedModel], stem: str, config_class: type[PreTra
         "__init__": __init__,
         "forward": forward,
         "__module__": __name__,
+        "_keys_to_ignore_on_load_unexpected": {*(plain._keys_to_ignore_on_load_unexpected or ()), rf"\.{GENERATOR}\."},
     }
     return _publish(type(f"{stem}ForCausalLM", (StreamsForCausalLM, plain), body))
 

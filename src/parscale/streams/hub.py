@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from parscale.errors import InputError
 from parscale.streams.backbone import streams_of
 from parscale.streams.checkpoint import save_streams
+from parscale.streams.diversify.prefix import without_generator
 
 REQUIRED = ("base", "tokens", "loss", "control_loss")
 OPTIONAL = ("data", "license", "language")
@@ -75,7 +76,7 @@ def push_to_hub(
         if streams_only:
             save_streams(model, folder)
         else:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=without_generator(model.state_dict()))
         Path(folder, "README.md").write_text(str(card), encoding="utf-8")
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)

@@ -84,6 +84,8 @@ def save_model(model: Any, folder: Path, whole: dict[str, torch.Tensor] | None =
     elif getattr(model, "is_quantized", False):
         save_streams(model, folder)
     else:
+        if has_streams(model):
+            model.base_model.fold_prefix_generator()
         model.save_pretrained(folder, state_dict=whole)
 
 

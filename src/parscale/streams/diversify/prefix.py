@@ -5,12 +5,13 @@ Knows where the prefix tensors live (`<attention module>.prefix_k|prefix_v`, sha
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import initialization
 
@@ -23,6 +24,8 @@ from parscale.streams.state import StreamState
 NEAR_IDENTITY_NATS = 1e-3
 """What a near-identity start may cost: mean KL divergence from the plain model's predictions, in nats per token."""
 RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+GENERATOR = "prefix_generator"
+"""What the backbone calls its `PrefixGenerator`."""
 Shape = tuple[int, int, int]
 """Hk, Dk, Dv: key/value heads, size of a key, size of a value."""
 
@@ -137,6 +140,44 @@ def modules_with_prefix(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "prefix_k")}
 
 
+def check_generator(state: Mapping[str, Any], root: str) -> None:
+    """Refuse a state to load into a backbone with a generator, which would make other prefixes than the state holds.
+
+    Args:
+        state: tensors by name.
+        root: what the names of the backbone's begin with.
+
+    Raises:
+        InputError: the state holds prefixes and no generator.
+    """
+    names = [name.removeprefix(root).split(".") for name in state if name.startswith(root)]
+    if any(name[-1] == "prefix_k" for name in names) and not any(name[0] == GENERATOR for name in names):
+        raise InputError(
+            "the state holds prefixes without the generator that this model makes its own with; call "
+            "model.base_model.fold_prefix_generator() before loading it"
+        )
+
+
+def without_generator(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state whose prefixes are plain parameters. `state_dict` has written what the generator makes into them."""
+    return {name: tensor for name, tensor in state.items() if GENERATOR not in name.split(".")}
+
+
+@torch.no_grad()
+def with_generated(backbone: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state, such as a running mean, in which the prefixes are what the generator in it makes; if it has one."""
+    parts = [(name, *name.partition(f"{GENERATOR}.")) for name in state]
+    weights = {leaf: state[name] for name, _, found, leaf in parts if found}
+    if not weights:
+        return dict(state)
+    root, made = next(root for _, root, found, _ in parts if found), {}
+    for name, module in modules_with_prefix(backbone).items():
+        keys, values = functional_call(backbone.prefix_generator, weights, (module.layer_idx,))
+        for leaf, bank in ((f"{root}{name}.prefix_k", keys), (f"{root}{name}.prefix_v", values)):
+            made[leaf] = torch.empty_like(state[leaf]).copy_(bank)
+    return dict(state) | made
+
+
 @torch.no_grad()
 def init_normal(module: Any, statistics: LayerStatistics, scale: float = 1.0) -> None:
     """Every prefix token looks like one of the layer's own: N(mean, scale·std) of its keys and values, per head and
@@ -238,7 +279,7 @@ class PrefixGenerator(nn.Module):
     """Makes all layers' prefixes during training: learned vectors → Tanh MLP → keys and values (paper, supplement).
 
     A small shared vector behind every layer's prefix makes their gradients agree. `fold_prefix_generator` writes the
-    result into the banks; the saved model has no generator.
+    result into the banks and drops it. What is saved before holds both, and loads without a generator.
 
     Args:
         layers: the attention modules that carry a bank.
