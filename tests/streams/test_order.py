@@ -34,7 +34,8 @@ def test_reorder_stays_within_each_stream() -> None:
     batch = torch.tensor([[10], [20]])
     beams = torch.tensor([1, 1])
     rows = duplicate(batch, P) + torch.arange(P).repeat_interleave(2)[:, None]  # 10, 20, 11, 21, 12, 22
-    assert rows[reorder(beams, P)].flatten().tolist() == [20, 20, 21, 21, 22, 22]
+    assert rows[reorder(beams, P, 2)].flatten().tolist() == [20, 20, 21, 21, 22, 22]
+    assert rows[reorder(beams[:1], P, 2)].flatten().tolist() == [20, 21, 22]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])

@@ -118,8 +118,11 @@ class StreamsBackbone(_HasStreams):
     ) -> Any:
         state = self.stream_state
         settings, run = state.config, state.run
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if past_key_values is not None and inputs is not None:
+            kv.check_cache(past_key_values, state, inputs.shape[0])
         if settings.has_prefix and position_ids is None:
-            position_ids = _positions(attention_mask, input_ids if inputs_embeds is None else inputs_embeds)
+            position_ids = _positions(attention_mask, inputs)
         p = run.n_local
         if settings.has_embedding:
             embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
@@ -157,6 +160,7 @@ class StreamsBackbone(_HasStreams):
             if output.get("router_logits") is not None:
                 # The load-balancing loss reads each entry as one layer's B·T tokens: P entries a layer keep it exact.
                 output["router_logits"] = tuple(c for r in output["router_logits"] for c in r.chunk(p))
+        kv.mark_cache(output.get("past_key_values"), state)
         if run.hidden is not None:
             run.hidden.append(output.last_hidden_state)
         if return_dict is None:

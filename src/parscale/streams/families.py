@@ -7,6 +7,8 @@ module, where pickle finds it, or has it made.
 
 import copy
 import functools
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -43,6 +45,18 @@ REGISTERED = (
 """Families whose saved models load after `import parscale` alone; for another, call `register_family(model_type)`."""
 
 
+def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    lock = threading.RLock()
+
+    @functools.wraps(function)
+    def locked(*args: Any) -> Any:
+        with lock:
+            return function(*args)
+
+    return locked
+
+
+@_one_at_a_time  # threads that want the same family get the same classes
 def register_family(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Make and register `{model_type}_parscale`; a second call returns the same classes.
 

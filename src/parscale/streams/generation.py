@@ -10,6 +10,7 @@ from torch import Tensor
 
 from parscale.errors import InputError
 from parscale.streams.adaptive import HardTokens, check_adaptive
+from parscale.streams.kv import cached_rows
 from parscale.streams.order import reorder
 from parscale.streams.paged import KEPT, FoldedModel
 
@@ -151,7 +152,9 @@ class StreamsGeneration:
         return parent._prepare_static_cache(cache_implementation, batch_size * self.cached_streams, *args, **kwargs)
 
     def _reorder_cache(self, past_key_values: Any, beam_idx: Tensor) -> Any:
-        past_key_values.reorder_cache(reorder(beam_idx, self.cached_streams))
+        streams, rows = self.cached_streams, cached_rows(past_key_values)
+        batch = beam_idx.numel() if rows is None else rows // streams
+        past_key_values.reorder_cache(reorder(beam_idx, streams, batch))
         return past_key_values
 
 

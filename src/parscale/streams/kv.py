@@ -20,11 +20,15 @@ from parscale.errors import InputError
 from parscale.streams import around
 from parscale.streams.diversify.calibration import Calibration
 from parscale.streams.order import Tail, duplicate, first_stream, repeat_at
-from parscale.streams.state import Run
+from parscale.streams.state import Run, StreamState
 
 KEYS_AND_VALUES = ("k_proj", "v_proj")
 """Projections that run for stream 0 alone. Where queries, keys and values are one fused matrix, all rows pass it, and
 the other streams' keys and values are dropped."""
+
+
+FILLED_BY = "parscale_streams"
+"""Attribute of a cache: p of the pass that wrote to it last, where each stream has keys and values of its own."""
 
 
 class FirstStreamCache:
@@ -54,6 +58,50 @@ def before_tail(key: Tensor, value: Tensor, tail: Tail | None) -> tuple[Tensor, 
     """Those of stream 0's prompt alone: (B, H, T + k·r, …) → (B, H, T, …)."""
     tokens = key.shape[2] - (tail.length if tail is not None else 0)
     return key[:, :, :tokens], value[:, :, :tokens]
+
+
+def check_cache(cache: Any, state: StreamState, batch: int) -> None:
+    """Refuse a cache that the streams of this pass have not filled. Its first layer would fail over sizes of tensors,
+    or go on where another p with another batch makes as many rows.
+
+    Args:
+        cache: what the pass is given.
+        state: the model's, in the pass.
+        batch: B, rows of the input.
+
+    Raises:
+        InputError: names what filled it, or the rows it has and should have, and the remedy.
+    """
+    run, rows = state.run, cached_rows(cache)
+    if rows is None or run.first_pass is not None:  # that one selects rows itself
+        return
+    own = state.config.kv == "own"
+    needed, filled_by = (run.n_local if own else 1) * batch, getattr(cache, FILLED_BY, None) if own else None
+    if filled_by not in (None, run.streams) and int(cache.get_seq_length()) > 0:
+        raise InputError(
+            f"past_key_values was filled by {filled_by} streams, and {run.streams} run now: call "
+            f"set_streams({filled_by}), or start a new cache"
+        )
+    if rows != needed:
+        problem = f"past_key_values has {rows} rows, and {run.streams} streams of a batch of {batch} need {needed}"
+        if filled_by == run.streams:
+            raise InputError(f"{problem}: select row b of a batch of B as the rows p·B + b of all streams p")
+        raise InputError(f"{problem} with kv={state.config.kv!r}: they did not fill it, start a new cache")
+
+
+def mark_cache(cache: Any, state: StreamState) -> None:
+    """Note on a cache that has a row for every stream how many streams filled it."""
+    if state.config.kv == "own" and isinstance(cache, Cache) and not torch.compiler.is_compiling():
+        setattr(cache, FILLED_BY, state.run.streams)
+
+
+def cached_rows(cache: Any) -> int | None:
+    """How many rows a cache holds; None of an empty one, and of one that is all quantised."""
+    for layer in cache.layers if isinstance(cache, Cache) else ():
+        keys = getattr(layer, "keys", None)  # recurrent layers have none
+        if keys is not None and keys.ndim == 4:
+            return keys.shape[0]
+    return None
 
 
 def check(model: Any, calibration: Calibration) -> None:

@@ -75,9 +75,8 @@ def join_tail(prompt: Float[Tensor, "b t ..."], last: Float[Tensor, "kb r ..."])
     return torch.cat([prompt, behind.flatten(1, 2)], dim=1)
 
 
-def reorder(index: Int[Tensor, " b"], streams: int) -> Int[Tensor, " pb"]:
-    """Row indices for a cache of P·B rows, from indices into the batch (beam search): (B,) → (P·B,)."""
-    batch = index.numel()
+def reorder(index: Int[Tensor, " c"], streams: int, batch: int) -> Int[Tensor, " pc"]:
+    """Row indices for a cache of P·B rows, from indices into the batch of B (beam search): (C,) → (P·C,)."""
     offsets = torch.arange(streams, device=index.device) * batch
     return (offsets[:, None] + index[None, :]).flatten()
 

@@ -7,15 +7,15 @@ attention interface; refuses the others before anything is changed.
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionMaskInterface, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from parscale.config import PREFIX_SHAPES, StreamsConfig
 from parscale.errors import InputError
@@ -159,14 +159,13 @@ def _rewrite_config(
 @contextmanager
 def _recording(model: PreTrainedModel, implementation: str, seen: dict[nn.Module, LayerStatistics]) -> Iterator[None]:
     """While it lasts, attention runs as always and leaves its statistics in `seen`."""
-    name = RECORD + implementation
-    ALL_ATTENTION_FUNCTIONS[name] = partial(_record, implementation=implementation, seen=seen)
-    model.config._attn_implementation = name
+    token = _seen.set(seen)
+    model.config._attn_implementation = RECORD + implementation
     try:
         yield
     finally:
         model.config._attn_implementation = implementation
-        del ALL_ATTENTION_FUNCTIONS[name]
+        _seen.reset(token)
 
 
 def _record(
@@ -176,7 +175,6 @@ def _record(
     value: Tensor,
     *args: Any,
     implementation: str,
-    seen: dict[nn.Module, LayerStatistics],
     **kwargs: Any,
 ) -> Any:
     if not getattr(module, "is_causal", True):
@@ -185,9 +183,12 @@ def _record(
             "(a model such as BERT is one with `is_decoder=True` in its config)"
         )
     mask = args[0] if args else kwargs.get("attention_mask")
-    seen[module] = describe(query, key, value, mask, kwargs.get("scaling"))
+    _seen.get()[module] = describe(query, key, value, mask, kwargs.get("scaling"))
     return inner_attention(module, implementation)(module, query, key, value, *args, **kwargs)
 
 
+_seen: ContextVar[dict[nn.Module, LayerStatistics]] = ContextVar("seen")
+"""What is recorded now, in this thread."""
 for _name in SUPPORTED:
+    AttentionInterface.register(RECORD + _name, partial(_record, implementation=_name))
     AttentionMaskInterface.register(RECORD + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
