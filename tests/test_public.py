@@ -56,8 +56,9 @@ print(model(torch.arange(8)[None]).logits.sum().item())
 
 
 LAYERS = (
-    {"config", "errors", "output", "gguf", "arguments", "utils"},
+    {"config", "errors", "output", "arguments", "utils"},
     {"streams"},
+    {"weights", "gguf"},
     {"load", "generate", "merge_folder", "train", "probe", "probe_details", "probe_plot", "evaluate", "law", "cost"},
     {"experiments", "serve", "export", "hub"},
     {"cli"},

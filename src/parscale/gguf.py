@@ -40,14 +40,16 @@ def load_model(file: Path, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    from parscale.weights import check_whole
+
     types = ", ".join(_types(file))
+    told: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, output_loading_info=True, **_dequantised() | options
+        file.parent, gguf_file=file.name, **_dequantised() | options | told
     )
     model, info = loaded
-    tied = set(model.all_tied_weights_keys)
-    if wrong := [*(set(info["missing_keys"]) - tied), *info["unexpected_keys"], *info["mismatched_keys"]]:
-        raise InputError(f"model {str(file)!r}: {len(wrong)} tensors are missing or do not fit, as {wrong[0]}")
+    missing = set(info["missing_keys"]) - set(model.all_tied_weights_keys)
+    check_whole(model, info | {"missing_keys": missing}, f"model {str(file)!r}")
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
         quantizer.remove_quantization_config(model)  # older transformers dequantise, and then refuse to save
     model.name_or_path = model.config.name_or_path = str(file)

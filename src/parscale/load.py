@@ -20,6 +20,7 @@ from parscale.streams.backbone import has_streams
 from parscale.streams.checkpoint import DEFAULT, MANIFEST, TENSORS, load_streams
 from parscale.streams.families import SUFFIX, register_family
 from parscale.streams.tensors import check_readable
+from parscale.weights import check_experts, check_finite, check_quantized, check_whole
 
 LORA = "adapter_config.json"
 """What `peft` calls the settings of a LoRA in its folder."""
@@ -45,28 +46,54 @@ def load_model(name: str | Path, *, quantize: str = "none", **options: Any) -> A
     "int8" or "int4": by torchao on a CPU, by bitsandbytes on a GPU.
 
     Raises:
-        InputError: no such folder or hub name, a config that no model understands, a damaged checkpoint, a LoRA that is
-            not whole, adapters of a base in other bits, or a package that this takes is not there.
+        InputError: no such folder or hub name, a config that no model understands, a damaged checkpoint, tensors that
+            are missing, unexpected, of another shape or not finite, a LoRA that is not whole, adapters of a base in
+            other bits, or a package that this takes is not there.
     """
     with _told_in_one_line("model", name):
-        if (file := gguf.find(name)) is not None:
-            if quantize != "none":
-                raise InputError(
-                    f"quantize={quantize!r} with the GGUF file {str(name)!r}: save it as safetensors first "
-                    "(parscale.load and save_pretrained), and give that folder"
-                )
-            return gguf.load_model(file, **options)
-        folder = _folder(name)
-        if (folder / LORA).exists():
-            _check_lora(folder)
-        if _holds_adapters(folder):
-            return _load_adapters(folder, quantize, options)
-        family = str(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
-        if family.endswith(SUFFIX):
-            register_family(family.removesuffix(SUFFIX))
-        return AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, **options | _quantization(quantize)
-        )
+        model = _load(name, quantize, options)
+        check_finite(model, f"model {str(name)!r}")
+    return model
+
+
+def _load(name: str | Path, quantize: str, options: dict[str, Any]) -> Any:
+    if (file := gguf.find(name)) is not None:
+        if quantize != "none":
+            raise InputError(
+                f"quantize={quantize!r} with the GGUF file {str(name)!r}: save it as safetensors first "
+                "(parscale.load and save_pretrained), and give that folder"
+            )
+        return gguf.load_model(file, **options)
+    folder = _folder(name)
+    lora = (folder / LORA).exists()
+    if lora:
+        _check_lora(folder)
+    if _holds_adapters(folder):
+        return _load_adapters(folder, quantize, options)
+    family = str(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
+    if family.endswith(SUFFIX):
+        register_family(family.removesuffix(SUFFIX))
+    if lora:  # what was missing of the model would not be told where transformers loads the LoRA beside it
+        options = options | {"adapter_kwargs": {"subfolder": "none"}}
+    told: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+    source = f"model {str(name)!r}"
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, **safe, **options | told | _quantization(quantize))
+    except RuntimeError:  # among others where experts cannot be stacked, or a tensor cannot be put into few bits
+        check_experts(folder, source)
+        if quantize != "none":
+            _load(name, "none", options)
+        raise
+    model, info = loaded
+    if info["mismatched_keys"]:
+        check_experts(folder, source)
+    check_whole(model, info, source)
+    if quantize != "none":
+        check_quantized(model, source)
+    if lora:
+        _check_found(model.load_adapter(str(folder)), folder)
+    return model
 
 
 def comes_with_streams(name: str | Path) -> bool:
@@ -219,14 +246,17 @@ def _put_on_lora(model: Any, folder: Path) -> Any:
     settings.base_model_name_or_path = model.name_or_path  # peft warns of a base that was found beside the adapter
     adapted = get_peft_model(model, settings)
     # `PeftModel.from_pretrained` would only warn of tensors that are missing, and be silent on those that go nowhere.
-    found: Any = adapted.load_adapter(str(folder), "default")
+    _check_found(adapted.load_adapter(str(folder), "default"), folder)
+    return adapted
+
+
+def _check_found(found: Any, folder: Path) -> None:
     if wrong := [*found.missing_keys, *found.unexpected_keys]:
         raise InputError(
             f"model {str(folder)!r}: {LORA_TENSORS} is not the LoRA of its {LORA} on this base, "
             f"{len(found.missing_keys)} tensors are missing and {len(found.unexpected_keys)} go nowhere, "
             f"as {wrong[0]}; fetch it again"
         )
-    return adapted
 
 
 def _quantization(bits: str) -> dict[str, Any]:

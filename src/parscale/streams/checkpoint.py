@@ -26,7 +26,15 @@ from parscale.streams.attention import TAG
 from parscale.streams.backbone import StreamsForCausalLM, check_attention, streams_of
 from parscale.streams.families import SUFFIX, give_streams, own_config, register_family, remove_streams
 from parscale.streams.parallelize import check_model
-from parscale.streams.tensors import belongs_to_streams, check_readable, check_shapes, is_wrapped, stream_tensors
+from parscale.streams.tensors import (
+    belongs_to_streams,
+    check_readable,
+    check_shapes,
+    is_finite,
+    is_wrapped,
+    listed,
+    stream_tensors,
+)
 from parscale.utils.files import replacing
 
 TENSORS = "streams.safetensors"
@@ -203,6 +211,8 @@ def _read(source: str | os.PathLike[str], revision: str | None) -> tuple[dict[st
     tensors = load_file(paths[1])
     if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise InputError(f"{paths[1]}: {wrong[0]} is no floating point tensor; not what save_streams writes")
+    if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+        raise InputError(f"{paths[1]}: weights that are NaN or infinite, in {listed(broken)}")
     return manifest, tensors
 
 

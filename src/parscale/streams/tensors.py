@@ -3,12 +3,17 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from parscale.errors import InputError
 
 _LISTED = 8
+_REMEDY = (
+    "Give one whose tensors fit its config.json; to run fewer streams, load as it is and call set_streams(p); a plain "
+    "model gets streams by parallelize()"
+)
 
 
 def belongs_to_streams(name: str) -> bool:
@@ -56,19 +61,17 @@ def refuse(
     missing: Iterable[str],
     extra: Iterable[str],
     misshaped: Iterable[tuple[str, Iterable[int], Iterable[int]]],
+    remedy: str = _REMEDY,
 ) -> None:
     """Raise InputError if anything is given. `misshaped` holds (name, shape in the checkpoint, shape expected)."""
     shapes = [f"{name} {tuple(has)} instead of {tuple(wants)}" for name, has, wants in misshaped]
     complaints = [
-        f"{what} {_listed(names)}"
+        f"{what} {listed(names)}"
         for what, names in (("lacks", list(missing)), ("has unexpected", list(extra)), ("has", shapes))
         if names
     ]
     if complaints:
-        raise InputError(
-            f"{source}: the checkpoint " + "; it ".join(complaints) + ". Give one whose tensors fit its config.json; "
-            "to run fewer streams, load as it is and call set_streams(p); a plain model gets streams by parallelize()"
-        )
+        raise InputError(f"{source}: the checkpoint {'; it '.join(complaints)}. {remedy}")
 
 
 def check_readable(files: Iterable[Path]) -> None:
@@ -85,6 +88,15 @@ def check_readable(files: Iterable[Path]) -> None:
             raise InputError(f"{file}: corrupt or cut short, fetch it again ({error})") from None
 
 
-def _listed(names: list[str]) -> str:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values of a floating point tensor of any shape are numbers."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    return bool(low.isfinite() and high.isfinite())
+
+
+def listed(names: list[str]) -> str:
+    """The first few names in their order, and how many more there are."""
     shown = sorted(names)[:_LISTED]
     return ", ".join(shown) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
