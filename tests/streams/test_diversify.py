@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import parscale
 from parscale import InputError, StreamsConfig, load_streams, save_streams, use_streams
@@ -187,33 +184,6 @@ def test_quantised_projections(ids: Tensor) -> None:
             made.double(), (rows.double() * scale_in) @ (weight + a @ b) * scale_out, rtol=0.05, atol=0.05
         )
     assert model(ids).logits.isfinite().all()
-
-
-@register_quantization_config("replaced")
-class Replaced(QuantizationConfigMixin):
-    def __init__(self, **_: Any) -> None:
-        self.quant_method: Any = "replaced"
-
-
-@register_quantizer("replaced")
-class Replacing(HfQuantizer):
-    """What every quantiser of transformers does while a model is loaded: puts other linear modules in."""
-
-    is_trainable: Any = True  # type: ignore[assignment]
-
-    def is_serializable(self, *_: Any, **__: Any) -> bool:
-        return True
-
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        for layer in model.model.layers:
-            layer.mlp.up_proj = nn.Linear(32, 48, bias=False, device="meta")
-
-
-def test_quantising_while_loading_is_refused(tmp_path: Path) -> None:
-    """Else the updates would be lost without a word."""
-    build("llama", "lora").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"has unexpected model\.layers\.0\.mlp\.up_proj\.stream_lora_a"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Replaced())  # type: ignore[call-arg]
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for the old name

@@ -67,7 +67,8 @@ class FirstStream:
         whole: Any = self.cache.layers[layer_idx]
         if len(self.rows) == len(whole.keys):
             return whole.keys, whole.values
-        return whole.keys[self.rows], whole.values[self.rows]
+        rows = self.rows.to(whole.keys.device)
+        return whole.keys[rows], whole.values[rows]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def run_hard_rows(
         if any(cache.is_sliding) or cache.is_compileable:
             raise InputError("hard tokens need a cache that can be cropped: a DynamicCache without sliding windows")
         hidden = run.hidden[-1]
-        first = FirstStream(hidden[rows], cache, rows)
+        first = FirstStream(hidden[rows.to(hidden.device)], cache, rows)
         kwargs["past_key_values"] = _without_last(cache, hidden.shape[1])
     others = replace(run, streams=run.adaptive.streams, adaptive=None, first_pass=first, hidden=None)
     again = state.announce(others, forward, *args, **kwargs)
@@ -132,7 +133,7 @@ def _in_rows(x: Any, rows: Int[Tensor, " b"]) -> Any:
     """Some rows of inputs (B, …). What has one row is the same for all."""
     if isinstance(x, Mapping):
         return {kind: _in_rows(one, rows) for kind, one in x.items()}
-    return x if x is None or len(x) == 1 else x[rows]
+    return x if x is None or len(x) == 1 else x[rows.to(x.device)]
 
 
 def _without_last(cache: Cache, tokens: int) -> Cache:

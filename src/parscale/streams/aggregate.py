@@ -83,7 +83,8 @@ def stream_weights(
     shares = present[..., None].to(dtype) / present.sum(0)[:, None]  # 1/p for the streams that count: (P, B or 1, 1)
     if head is None:
         return shares.expand(hidden.shape[:3])
-    logits = head(masked) if temperature == 1 else head(masked) / temperature
+    logits = head(masked).to(hidden.device)  # a device_map may have put the head elsewhere
+    logits = logits if temperature == 1 else logits / temperature
     logits = logits.masked_fill(~present.T[:, None], -torch.inf)  # (B, T, P)
     weights = logits.softmax(-1, dtype=dtype).permute(2, 0, 1)
     return weights * (1 - smoothing) + smoothing * shares

@@ -2,7 +2,8 @@
 
 Other libraries put modules of their own in that place, around the projection, as peft does with its layers. The
 streams then compute around that module, and around the projection again when it is back. So an adapter is a part of the
-weight that the streams start from, and merging it changes nothing.
+weight that the streams start from, and merging it changes nothing. A module that takes the projection's place without
+holding it, as a quantised one does, gets its streams.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+
+from parscale.streams.tensors import belongs_to_streams
 
 Before = Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]
 """(projection, its arguments) → the arguments in their place."""
@@ -54,6 +57,7 @@ def _put_on(place: Any, owner: nn.Module) -> None:
     place.stream_hooks = (
         place.register_forward_pre_hook(partial(_run_before, owner)),
         place.register_forward_hook(partial(_run_after, owner)),
+        owner.register_state_dict_post_hook(_add_to_state_dict),
     )
 
 
@@ -77,15 +81,34 @@ def _run_after(owner: Any, place: nn.Module, args: tuple[Any, ...], output: Tens
     return output
 
 
+def _add_to_state_dict(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Some quantised projections write their own tensors alone."""
+    for name, parameter in owner.named_parameters(recurse=False):
+        if belongs_to_streams(name):
+            state.setdefault(prefix + name, parameter.detach())
+
+
 def _follow(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Before `module` takes the place of `parent.name`: let what was around that one be around it."""
     before = parent._modules.get(name)
     owner = None if before is None else vars(before).get("stream_owner")
     if owner is None or module is None or module is before:
         return
-    if any(part is owner for part in module.modules()):
-        _take_off(before)
-        _put_on(module, owner)
+    _take_off(before)
+    if not any(part is owner for part in module.modules()):
+        _hand_over(owner, module)
+        owner = module
+    _put_on(module, owner)
+
+
+def _hand_over(owner: Any, module: Any) -> None:
+    """Let another projection own the streams' tensors: the same one quantised, dequantised or converted to fp8."""
+    for name, parameter in list(owner.named_parameters(recurse=False)):
+        if belongs_to_streams(name):
+            delattr(owner, name)
+            module.register_parameter(name, parameter)
+    module.stream_state, module.stream_around = owner.stream_state, owner.stream_around
+    del owner.stream_state, owner.stream_around
 
 
 register_module_module_registration_hook(_follow)

@@ -41,7 +41,7 @@ WITHOUT_STREAMS = Run(streams=1, smoothing=0.0)
 _SCORE_CHANGES = ("position_bias", "softcap", "s_aux")  # what `decode` does not compute
 
 
-def _prefix(module: Any, streams: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def _prefix(module: Any, streams: slice, like: Tensor) -> tuple[Tensor, Tensor] | None:
     """Some streams' prefix of one attention module, (p, H, n, Dk) and (p, H, n, Dv), or (1, …) if it is one for all;
     None if it has none."""
     if getattr(module, "prefix_k", None) is None:
@@ -51,7 +51,7 @@ def _prefix(module: Any, streams: slice, dtype: torch.dtype) -> tuple[Tensor, Te
     keys, values = generator(module.layer_idx) if generator else (module.prefix_k, module.prefix_v)
     if len(keys) > 1:
         keys, values = keys[streams], values[streams]
-    return keys.to(dtype), values.to(dtype)
+    return keys.to(like), values.to(like)
 
 
 def attend(
@@ -103,7 +103,7 @@ def _attend(
     if _is_better_by_request(query, key, packed):
         of_all = query, key, value, attention_mask, _requests(packed)
         return _attend_by_request(module, run, *of_all, *args, implementation=implementation, **kwargs), None
-    prefix = _prefix(module, run.local_streams, key.dtype)
+    prefix = _prefix(module, run.local_streams, key)
     length, scaling = query.shape[2], kwargs.get("scaling")
     plain_scores = all(kwargs.get(name) is None for name in _SCORE_CHANGES)
     mask_by_head = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] > 1
@@ -219,7 +219,12 @@ def _attend_packed_with_tail(
     of_prompt, prefix = (prompt.transpose(1, 2), key, value, mask), _prefix_of_others(module, tail, key)
     if not _is_better_by_request(of_prompt[0], key, packed):
         out, _ = _attend(module, alone, *of_prompt, *args, implementation="sdpa", **kwargs)
-        keys = duplicate(key, tail.streams), duplicate(value, tail.streams), mask[..., tail.places, :], prefix
+        keys = (
+            duplicate(key, tail.streams),
+            duplicate(value, tail.streams),
+            mask[..., tail.places.to(mask.device), :],
+            prefix,
+        )
         behind, _ = _concatenated(module, others.transpose(1, 2), *keys, "sdpa", *args, **kwargs)
         return join_tail(out, behind)
     requests, each = _requests(packed), []
@@ -232,7 +237,7 @@ def _attend_packed_with_tail(
 
 
 def _prefix_of_others(module: Any, tail: Tail, key: Tensor) -> tuple[Tensor, Tensor] | None:
-    return _prefix(module, slice(1, 1 + tail.streams), key.dtype)
+    return _prefix(module, slice(1, 1 + tail.streams), key)
 
 
 def flex_mask(

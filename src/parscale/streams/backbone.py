@@ -24,8 +24,10 @@ from parscale.streams.diversify import embedding, prefix, protocol
 from parscale.streams.diversify.prefix import PrefixGenerator
 from parscale.streams.diversify.projections import by_stream
 from parscale.streams.generation import StreamsGeneration
+from parscale.streams.hooked import check_in_memory
 from parscale.streams.merge import merge
 from parscale.streams.order import divide_tail, duplicate, duplicate_mask, duplicate_positions, split
+from parscale.streams.quantized import streams_unquantized
 from parscale.streams.state import Run, StreamState
 from parscale.streams.tensors import belongs_to_streams, check_readable, refuse
 
@@ -148,7 +150,7 @@ class StreamsBackbone(_HasStreams):
         )
         if tail := run.tail:
             prompt, others = divide_tail(output.last_hidden_state, tail)
-            first = prompt[None, :, tail.places]
+            first = prompt[None, :, tail.places.to(prompt.device)]
             output.last_hidden_state = self._merge(torch.cat([first, split(others, tail.streams)]), run)
         elif run.streams > 1 and run.merged:
             hidden = split(output.last_hidden_state, p)
@@ -176,7 +178,7 @@ class StreamsBackbone(_HasStreams):
                     f"streams are set for {row_mask.shape[1]} rows, and the batch has {hidden.shape[1]}: call "
                     "set_streams with one number, or one for each row"
                 )
-            row_mask = row_mask.repeat_interleave(times, dim=1)
+            row_mask = row_mask.to(hidden.device).repeat_interleave(times, dim=1)
         weights = stream_weights(hidden, self.aggregate_layer, run.smoothing, row_mask, run.temperature)
         if run.observer is not None:
             run.observer(hidden, weights)
@@ -199,7 +201,12 @@ class StreamsBackbone(_HasStreams):
 
     @torch.no_grad()
     def write_generated_prefixes(self) -> None:
-        """Copy what the prefix generator makes now into the banks, where inference and checkpoints find it."""
+        """Copy what the prefix generator makes now into the banks, where inference and checkpoints find it.
+
+        Raises:
+            InputError: accelerate has offloaded the banks.
+        """
+        check_in_memory(self, "writing its generated prefixes")  # type: ignore[arg-type]
         for module in prefix.modules_with_prefix(self).values():  # type: ignore[arg-type]
             keys, values = self.prefix_generator(module.layer_idx)  # type: ignore[misc]
             module.prefix_k.copy_(keys)
@@ -216,6 +223,13 @@ class StreamsBackbone(_HasStreams):
         if getattr(self, prefix.GENERATOR, None) is not None:
             prefix.check_generator(state_dict, root)
         super()._load_from_state_dict(state_dict, root, *args)  # type: ignore[misc]
+
+    def put_on_head(self, **place: Any) -> None:
+        """Give it a new aggregation head, if its streams have one, on a device and in a dtype."""
+        settings, size = self.stream_state.config, self.get_input_embeddings().embedding_dim
+        self.aggregate_layer = (
+            AggregationHead(settings.streams, size, settings.head_init, **place) if settings.has_head else None
+        )
 
     def fold_prefix_generator(self) -> None:
         """Keep the generated prefixes as plain parameters and drop the generator (paper, supplement)."""
@@ -278,6 +292,16 @@ class StreamsForCausalLM(StreamsGeneration, _HasStreams):
             misshaped=[m for m in info["mismatched_keys"] if belongs_to_streams(m[0]) or not ignore_mismatched_sizes],
         )
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' own, which reads the tensors of a model on the meta device."""
+        with streams_unquantized(model, load_config.hf_quantizer):
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, *args, **kwargs
+            )
 
     def save_pretrained(
         self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any

@@ -25,6 +25,7 @@ from parscale.errors import InputError, first_line
 from parscale.streams.attention import TAG
 from parscale.streams.backbone import StreamsForCausalLM, check_attention, streams_of
 from parscale.streams.families import SUFFIX, give_streams, own_config, register_family, remove_streams
+from parscale.streams.hooked import check_in_memory
 from parscale.streams.parallelize import check_model
 from parscale.streams.tensors import (
     belongs_to_streams,
@@ -168,11 +169,12 @@ def base_identity(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Stream tensors are found by their names.
+    """Stream tensors are found by their names, and read.
 
     Raises:
-        InputError: a LoRA of `peft` is on the model.
+        InputError: a LoRA of `peft` is on the model, or accelerate has offloaded it.
     """
+    check_in_memory(model, "reading or changing its streams")
     if is_wrapped(model):
         raise InputError(
             f"{type(model).__name__} has a LoRA of peft on it, which renames its modules: take the LoRA off first, "

@@ -30,10 +30,10 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from parscale.config import StreamsConfig, as_written
 from parscale.errors import InputError
 from parscale.streams import kv
-from parscale.streams.aggregate import AggregationHead
 from parscale.streams.backbone import StreamsBackbone, StreamsForCausalLM
 from parscale.streams.diversify import protocol
 from parscale.streams.diversify.prefix import GENERATOR, shapes_from_config
+from parscale.streams.hooked import run_new_class
 from parscale.streams.state import StreamState
 
 SUFFIX = "_parscale"
@@ -100,13 +100,15 @@ def give_streams(model: Any) -> None:
     config, backbone = model.config, model.base_model
     settings = StreamsConfig.from_json(vars(config))
     backbone.__class__ = _backbone_class(type(backbone), type(config))
-    for swapped in (model, backbone):  # output_hidden_states and the like are looked up by the class's name
+    for swapped in (model, backbone):
+        run_new_class(swapped)
+        # output_hidden_states and the like are looked up by the class's name
         _CAN_RECORD_REGISTRY.update({str(type(swapped)): swapped._can_record_outputs})
     backbone.stream_state = StreamState(settings)
     backbone.prefix_generator = None
     if not hasattr(backbone, "stream_adapters"):
         backbone.stream_adapters = {}
-    place = {"device": next(backbone.parameters()).device, "dtype": model.dtype}
+    *_, last = backbone.parameters()  # of the final norm, in families of today: beside what the head reads
     for diversifier in protocol.chosen(settings):
         diversifier.attach(model, backbone.stream_state)
     for module in model.modules():
@@ -114,10 +116,7 @@ def give_streams(model: Any) -> None:
             module._gradient_checkpointing_func = functools.partial(backbone.stream_state.checkpointed, checkpoint)
     if settings.kv == "shared":
         kv.attach(model, list(shapes_from_config(model)))
-    hidden_size = model.get_input_embeddings().embedding_dim
-    backbone.aggregate_layer = (
-        AggregationHead(settings.streams, hidden_size, settings.head_init, **place) if settings.has_head else None
-    )
+    backbone.put_on_head(device=last.device, dtype=model.dtype)
 
 
 def own_config(model: Any) -> Any:

@@ -57,8 +57,7 @@ class StreamsGeneration:
             raise InputError(f"streams={streams!r} is not accepted; this model has {trained}, give 1 to {trained}")
         row_mask = None
         if len(set(wanted)) > 1:
-            numbers = torch.arange(max(wanted), device=self.base_model.device)
-            row_mask = numbers[:, None] < torch.tensor(wanted, device=numbers.device)
+            row_mask = torch.arange(max(wanted))[:, None] < torch.tensor(wanted)
         return {"streams": max(wanted), "row_mask": row_mask, "adaptive": hard}
 
     def with_streams(self, streams: int) -> Any:

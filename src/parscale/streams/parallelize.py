@@ -32,6 +32,7 @@ from parscale.streams.diversify.calibration import (
     random_tokens,
 )
 from parscale.streams.families import give_streams, own_config, register_family
+from parscale.streams.hooked import check_unhooked
 
 RECORD = "parscale-record|"
 
@@ -131,14 +132,13 @@ def check_model(model: Any) -> str:
         )
     if isinstance(model, StreamsForCausalLM):
         raise InputError(f"{name} has streams already; use set_streams(p) to run fewer, or load the plain model anew")
+    check_unhooked(model)
     if model.config.is_encoder_decoder:
         raise InputError(f"{name} is an encoder-decoder; streams need a decoder-only causal language model")
     if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None) is not type(model):
         raise InputError(f"{name} is not a causal language model of transformers; load it with AutoModelForCausalLM")
     if model.config.get_text_config() is not model.config:
         raise InputError(f"{name} reads more than text; streams need a causal language model of text alone")
-    if any(p.is_meta for p in model.parameters()):
-        raise InputError(f"{name} has parameters on the meta device; load its weights before giving it streams")
     implementation: Any = model.config._attn_implementation
     check_attention(model, implementation)
     return implementation

@@ -22,7 +22,7 @@ TOLERANCE = 0.05
 
 def add(embeddings: Float[Tensor, "pb t d"], vectors: Float[Tensor, "p d"]) -> Float[Tensor, "pb t d"]:
     """Add each stream's vector to the embeddings of its rows."""
-    return (split(embeddings, len(vectors)) + vectors[:, None, None].to(embeddings.dtype)).flatten(0, 1)
+    return (split(embeddings, len(vectors)) + vectors[:, None, None].to(embeddings)).flatten(0, 1)
 
 
 @torch.no_grad()

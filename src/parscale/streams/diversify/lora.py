@@ -19,6 +19,7 @@ from parscale.errors import InputError
 from parscale.streams import around
 from parscale.streams.diversify import projections
 from parscale.streams.diversify.calibration import Calibration
+from parscale.streams.hooked import stream_tensor
 from parscale.streams.order import split
 from parscale.streams.state import StreamState
 
@@ -109,8 +110,9 @@ def _start(module: Any) -> None:
 
 
 def _use_update(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    banks = module.stream_lora_a, module.stream_lora_b
-    return projections.by_stream(add_update, module.stream_state, (output, args[0]), banks)
+    banks = stream_tensor(module, "stream_lora_a", output), stream_tensor(module, "stream_lora_b", output)
+    rows = output, args[0].to(output.device)
+    return projections.by_stream(add_update, module.stream_state, rows, banks)
 
 
 def _by_stream(x: Float[Tensor, "pb ... d"], streams: int) -> Float[Tensor, "p n d"]:

@@ -15,6 +15,7 @@ from parscale.config import StreamsConfig
 from parscale.streams import around
 from parscale.streams.diversify import projections
 from parscale.streams.diversify.calibration import Calibration
+from parscale.streams.hooked import stream_tensor
 from parscale.streams.order import split
 from parscale.streams.state import StreamState
 
@@ -74,8 +75,10 @@ def _start(module: Any, spread: float) -> None:
 
 def _scale_input(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, *others = args
-    return projections.by_stream(scale, module.stream_state, (x,), (module.stream_scale_in,)), *others
+    scales = stream_tensor(module, "stream_scale_in", x)
+    return projections.by_stream(scale, module.stream_state, (x,), (scales,)), *others
 
 
 def _scale_output(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return projections.by_stream(scale, module.stream_state, (output,), (module.stream_scale_out,))
+    scales = stream_tensor(module, "stream_scale_out", output)
+    return projections.by_stream(scale, module.stream_state, (output,), (scales,))
