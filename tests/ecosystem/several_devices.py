@@ -2,8 +2,8 @@
 
 usage: python -m tests.ecosystem.several_devices
 
-FakeTensors refuse an operation on tensors of two devices, as the devices would. The devices are of a made-up kind, so no
-GPU is needed; nothing can be computed on them, and `torch.tensor` must not try.
+FakeTensors refuse an operation on tensors of two devices, as the devices would. The devices are of a made-up kind, so
+no GPU is needed; nothing can be computed on them, and `torch.tensor` must not try.
 """
 
 import warnings

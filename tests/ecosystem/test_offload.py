@@ -1,7 +1,7 @@
 """Modules that accelerate has hooked, before or after `parallelize`: as exact as the same model without hooks.
 
-The yardstick is the model with streams that nothing has hooked. A hook may be on the whole model, on blocks or on leaves;
-it may leave weights in place, or keep them on the CPU or on disk between passes.
+The yardstick is the model with streams that nothing has hooked. A hook may be on the whole model, on blocks or on
+leaves; it may leave weights in place, or keep them on the CPU or on disk between passes.
 """
 
 import copy

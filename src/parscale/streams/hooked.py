@@ -1,7 +1,7 @@
 """Modules that another library has hooked: their `forward` lies on the instance, or their weights lie elsewhere.
 
-Knows how accelerate does both (`dispatch_model`, `cpu_offload`, `disk_offload`, a `device_map`), so that streams compute
-the same whether they or the hooks came first. A model that is hooked in a way unknown here is refused.
+Knows how accelerate does both (`dispatch_model`, `cpu_offload`, `disk_offload`, a `device_map`), so that streams
+compute the same whether they or the hooks came first. A model that is hooked in a way unknown here is refused.
 """
 
 from types import MethodType
