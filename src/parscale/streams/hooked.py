@@ -92,7 +92,7 @@ def _is_hooked(module: Any, forward: Any) -> bool:
 
 def _offloaded(module: Any, name: str, tensor: Tensor) -> Tensor:
     """From where accelerate's hook on the module fetches it; as it is where none does, as in a run for shapes alone."""
-    hook = getattr(module, "_hf_hook", None)
+    hook: Any = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):
         if getattr(one, "offload", False):
             return one.weights_map[name]
