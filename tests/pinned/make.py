@@ -100,6 +100,7 @@ def make_models(folder: Path) -> None:
         for of, kv, diversifier in CASES:
             if of == family:
                 model = with_streams(AutoModelForCausalLM.from_pretrained(base).eval(), kv, diversifier)
+                model.name_or_path = family  # adapters name their base: not by where this checkout lies
                 name = f"{family}-{kv}-{diversifier}"
                 parscale.save_streams(model, folder / "adapters" / name)
                 model.save_pretrained(folder / "whole" / name)
