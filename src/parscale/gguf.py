@@ -3,6 +3,8 @@
 Loads neither torch nor transformers before a file is read: the cost model asks it for shapes.
 """
 
+from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def find(name: str | Path) -> Path | None:
         path = found[0]
     if path.suffix.lower() != SUFFIX or not path.is_file():
         return None
-    _check_whole(path)
+    _types(path)
     return path
 
 
@@ -81,30 +83,28 @@ def _dequantised() -> dict[str, Any]:
     return {} if settings is None else {"quantization_config": settings(dequantize=True)}
 
 
-def _reader(file: Path) -> Any:
+@lru_cache(maxsize=8)
+def _tensor_types(file: Path, size: int, changed: int) -> tuple[str, ...]:
+    """Names of the quantisation types in the file, the most frequent first. Reading its header takes a second, and
+    every question about a model asks for it: it is read once for each size and time of change.
+
+    Raises:
+        InputError: the file ends before its last tensor does, or its header is not one.
+    """
     try:
         from gguf import GGUFReader  # type: ignore[import-not-found]
     except ImportError:
         raise InputError(f"model {str(file)!r} needs the package gguf: pip install 'parscale[gguf]'") from None
-    return GGUFReader(file)
-
-
-def _check_whole(file: Path) -> None:
-    """Refuse a file that ends before its last tensor does, or whose header is not one."""
     try:
-        tensors = _reader(file).tensors
-    except InputError:
-        raise
+        counts = Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors)
     except Exception as error:  # the reader believes every number of the file: it raises anything
         reason = type(error).__name__
         raise InputError(f"model {str(file)!r} is no whole GGUF file ({reason}): fetch it again") from None
-    if not tensors:
+    if not counts:
         raise InputError(f"model {str(file)!r} is a GGUF file without tensors")
+    return tuple(name for name, _ in counts.most_common())
 
 
-def _types(file: Path) -> list[str]:
-    """Names of the quantisation types in the file, the most frequent first."""
-    counts: dict[str, int] = {}
-    for tensor in _reader(file).tensors:
-        counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + 1
-    return sorted(counts, key=lambda name: -counts[name])
+def _types(file: Path) -> tuple[str, ...]:
+    about = file.stat()
+    return _tensor_types(file, about.st_size, about.st_mtime_ns)
