@@ -17,19 +17,7 @@ from tests.contract.conftest import parallelized
 from tests.contract.families import FAMILIES, VOCABULARY
 
 P, B, T = 3, 4, 9
-DIVERSIFIERS: dict[str, dict[str, Any]] = {
-    "prefix": {},
-    "lora": {"diversify": ("lora",)},
-    "rank1+embedding": {"diversify": ("prefix", "rank1", "embedding")},
-}
-FAST = {("llama", "prefix"), ("gemma3", "rank1+embedding"), ("qwen3_next", "prefix"), ("gpt2", "lora")}
-CASES = [
-    pytest.param(family.name, kind, kv, marks=[] if (family.name, kind) in FAST else [pytest.mark.slow])
-    for family in FAMILIES
-    for kind in DIVERSIFIERS
-    for kv in ("own", "shared")
-    if not (family.recurrent and kv == "shared")
-]
+CASES = cases({("llama", "prefix"), ("gemma3", "rank1+embedding"), ("qwen3_next", "prefix"), ("gpt2", "lora")})
 KINDS = [DynamicCache, StaticCache]
 
 

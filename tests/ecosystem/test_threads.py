@@ -24,18 +24,11 @@ from parscale import HardTokens, StreamsConfig, parallelize
 from parscale.probe import probe_streams
 from tests.contract.conftest import parallelized
 from tests.contract.families import FAMILIES, VOCABULARY
-from tests.ecosystem.test_caches import DIVERSIFIERS
+from tests.ecosystem.grid import DIVERSIFIERS, cases
 from tests.small import build, with_streams
 
 P, T, NEW, THREADS = 3, 7, 3, 4
-FAST = {("llama", "lora"), ("gemma2", "prefix"), ("gpt2", "rank1+embedding"), ("qwen3_moe", "lora")}
-CASES = [
-    pytest.param(family.name, kind, kv, marks=[] if (family.name, kind) in FAST else [pytest.mark.slow])
-    for family in FAMILIES
-    for kind in DIVERSIFIERS
-    for kv in ("own", "shared")
-    if not (family.recurrent and kv == "shared")
-]
+CASES = cases({("llama", "lora"), ("gemma2", "prefix"), ("gpt2", "rank1+embedding"), ("qwen3_moe", "lora")})
 KVS = ["own", "shared"]
 
 
