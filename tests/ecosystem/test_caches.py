@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 from parscale import InputError
 from tests.contract.conftest import parallelized
 from tests.contract.families import FAMILIES, VOCABULARY
+from tests.ecosystem.grid import DIVERSIFIERS, cases
 
 P, B, T = 3, 4, 9
 CASES = cases({("llama", "prefix"), ("gemma3", "rank1+embedding"), ("qwen3_next", "prefix"), ("gpt2", "lora")})
