@@ -18,6 +18,7 @@ from parscale.errors import InputError
 from parscale.train.config import Balance
 from parscale.train.parallel import check_launch, check_stream_parallel
 from parscale.train.trainer import StreamsTrainer, train
+from parscale.utils.lock import LOCK
 from tests import small
 from tests.train import processes
 from tests.train.children import run_of, save_stream_gradients, stream_batch, train_and_record, train_until
@@ -117,7 +118,7 @@ def test_a_sharded_checkpoint_goes_on_in_another_number(before, after, base, cor
     output = tmp_path / "out"
     config = partial(run_of, output, corpus, model=str(base), tokens=TWENTY["tokens"], save_every=8)
     processes.run(train_until, config(batch_size=4 // before), 11, processes=before, **FSDP2)
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-8"]
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint-8", LOCK]  # of the process that was killed
     shards = [load_file(file) for file in sorted((output / "checkpoint-8").glob("*.safetensors"))]
     whole = load_file(base / "model.safetensors")["model.embed_tokens.weight"].shape
     held = [shard["model/model.embed_tokens.weight"].shape[0] for shard in shards]
