@@ -92,6 +92,14 @@ def test_a_kill_in_the_last_save(last: str, runs: Runs, tmp_path: Path) -> None:
     runs.killed_before(points[last] + 1, tmp_path / "out")
 
 
+def test_a_kill_while_the_control_is_recorded(base: Path, text: Path, tmp_path: Path) -> None:
+    """The run has ended by then, and goes on with nothing: what was half-written is cleared all the same."""
+    runs = Runs("with control", base, text, tmp_path)
+    renames = [number for number, (operation, _) in enumerate(runs.events) if operation == "os.rename"]
+    assert runs.events[renames[-1]][1].startswith(".train.")
+    runs.killed_before(renames[-1] + 1, tmp_path / "out")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_kill_at_every_fourth_operation_and_the_last_twenty(

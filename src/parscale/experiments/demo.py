@@ -29,10 +29,9 @@ from parscale.probe import StreamProbe, probe_streams
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import STDLIB
 from parscale.train.data import PackedText, load_text
-from parscale.train.folder import TrainResult, check_output
+from parscale.train.folder import TrainResult, check_output, hold_output
 from parscale.train.trainer import train
 from parscale.utils.files import write_text
-from parscale.utils.lock import hold
 
 Scale = Literal["auto", "smoke", "cpu", "gpu"]
 
@@ -103,7 +102,7 @@ def run_demo(
         scale = "gpu" if torch.cuda.is_available() else "cpu"
     if not streams or any(p < 2 for p in streams):
         raise InputError(f"streams={tuple(streams)} is not accepted; give one or more numbers >= 2")
-    with hold(output, "out"):
+    with hold_output(output, "out"):
         check_output(output)
         return _run(output, data, scale, streams, seed)
 

@@ -22,12 +22,11 @@ from parscale.streams.parallelize import parallelize
 from parscale.train.config import TrainConfig
 from parscale.train.corpus import read_documents, split_documents
 from parscale.train.data import PackedText, load_text, sample
-from parscale.train.folder import check_output
+from parscale.train.folder import check_output, hold_output
 from parscale.train.shapes import check_context
 from parscale.train.stages import count_stream_parameters, freeze_backbone
 from parscale.train.trainer import train
 from parscale.utils.files import write_text
-from parscale.utils.lock import hold
 
 STREAMS = (2, 4)
 LORA_RANK = 8
@@ -92,7 +91,7 @@ def run_pilot(
         raise InputError(f"minutes={minutes} is not accepted; give a number above 0")
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} is not accepted; give an integer >= 1")
-    with hold(out, "out"):
+    with hold_output(out, "out"):
         record = _train_and_compare(name, data, minutes, out, block_size, batch_size, seed)
         write_text(out / RECORD, json_text(record))
     _print(record, as_json)

@@ -4,7 +4,8 @@ No other file knows which names stand in it, or what is done where it is there a
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from parscale.load import RECORD
 from parscale.train.checkpoints import PREFIX, SCRATCH, read_json
 from parscale.train.model import save_model
 from parscale.utils.files import COMMITTED, UNFINISHED, add_files, finish, remove_unfinished
-from parscale.utils.lock import LOCK
+from parscale.utils.lock import LOCK, hold
 
 LOGS = "runs"
 """Where TensorBoard's event files stand in the output folder."""
@@ -84,6 +85,19 @@ def save_run(
         raise InputError(f"output={output}: cannot write there ({first_line(error)}); {left}") from error
 
 
+@contextmanager
+def hold_output(output: Path, argument: str = "output") -> Iterator[None]:
+    """Hold the folder of a run until the block ends. What a killed process was saving there is finished where it was
+    whole, and removed where it was not.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    with hold(output, argument):
+        _clear(output)
+        yield
+
+
 def check_output(output: Path, *, resume: bool = False, control: Path | None = None) -> None:
     """Refuse, before any work, an output folder that is not empty or that cannot be written. To resume, it may hold a
     run's checkpoints and logs. The folder of its control may be in it. What a killed process was saving is removed.
@@ -91,9 +105,7 @@ def check_output(output: Path, *, resume: bool = False, control: Path | None = N
     Raises:
         InputError: naming the folder and the reason.
     """
-    if output.is_dir():
-        finish(output, RECORD)
-        remove_unfinished(output)
+    _clear(output)
     left_out = {LOCK} if control is None else {LOCK, control.name}
     held = [file.name for file in output.iterdir() if file.name not in left_out] if output.is_dir() else []
     ours = [name for name in held if name in (LOGS, CONTROL) or name.startswith((PREFIX, SCRATCH))]
@@ -109,6 +121,12 @@ def check_output(output: Path, *, resume: bool = False, control: Path | None = N
         raise InputError(f"output={output}: cannot write there ({error.strerror or error})") from None
     if not there:
         output.rmdir()
+
+
+def _clear(output: Path) -> None:
+    if output.is_dir():
+        finish(output, RECORD)
+        remove_unfinished(output)
 
 
 def finished_run(output: Path) -> dict[str, Any] | None:

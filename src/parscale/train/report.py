@@ -14,12 +14,11 @@ from parscale.errors import InputError
 from parscale.load import RECORD, comes_with_streams
 from parscale.output import print_table
 from parscale.train.config import TrainConfig
-from parscale.train.folder import CONTROL, TrainResult, check_output
+from parscale.train.folder import CONTROL, TrainResult, check_output, hold_output
 from parscale.train.parallel import is_first_process
 from parscale.train.prepare import prepare
 from parscale.train.trainer import train
 from parscale.utils.files import write_text
-from parscale.utils.lock import hold
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -29,7 +28,7 @@ def run(config: TrainConfig) -> TrainResult:
     Raises:
         InputError: as `train` does; or a control that cannot be: of one stream, or of a model that has streams already.
     """
-    with hold(config.output) if is_first_process() else nullcontext():
+    with hold_output(config.output) if is_first_process() else nullcontext():
         if not config.resume and is_first_process():
             check_output(config.output)
         if config.control:

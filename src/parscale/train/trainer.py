@@ -33,7 +33,7 @@ from parscale.train.checkpoints import Checkpoints, run_of
 from parscale.train.config import TrainConfig
 from parscale.train.data import PackedText, sample
 from parscale.train.faults import DEADLINE, FaultTolerance, OutOfTime, catching_sigterm, command_to_resume
-from parscale.train.folder import TrainResult, check_output, finished_run, save_run
+from parscale.train.folder import TrainResult, check_output, finished_run, hold_output, save_run
 from parscale.train.loss import IGNORED, chunked_loss
 from parscale.train.model import base_of, model_of
 from parscale.train.parallel import (
@@ -61,7 +61,6 @@ from parscale.train.stages import (
     warn_of_rate,
 )
 from parscale.train.watch import StreamWatch, as_logs, details_as_logs
-from parscale.utils.lock import hold
 
 
 class StreamsTrainer(FaultTolerance, Trainer):
@@ -259,7 +258,7 @@ def train(
     check_launch(config)
     if config.report_to != "none" and find_spec(config.report_to) is None:
         raise InputError(f"report_to={config.report_to!r} needs a package: pip install {config.report_to}")
-    with hold(config.output) if is_first_process() else nullcontext():
+    with hold_output(config.output) if is_first_process() else nullcontext():
         if config.resume and (record := finished_run(config.output)) is not None:
             text, trained = _origin(config, data)
             Checkpoints(config.output, run_of(config, text, base_of(trained))).check_same(record["run"], "the end")
